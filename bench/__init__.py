@@ -1,0 +1,1 @@
+"""Benchmarks: one measuring core, one file an op, imported as ``mmfast.bench``."""

@@ -1,0 +1,138 @@
+"""Which backend runs an op: the one that is forced, or the one that the committed table names.
+
+An op has one schema and one *overload per backend*, ``torch.ops.mmfast.<op>.<backend>``, so that two kernels for
+one device never compete for one dispatch key. ``reference`` has no overload: it is plain PyTorch.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmfast import _native
+
+NATIVE = ("cpu", "triton", "cuda")
+BACKENDS = (*NATIVE, "reference")
+READY = "ready"
+
+LIB = torch.library.Library("mmfast", "FRAGMENT")  # module level: dropping it drops the ops
+TABLE: dict[str, dict[str, dict[str, Any]]] = json.loads(Path(__file__).with_name("table.json").read_text())
+
+_forced: str | None = None
+_triton_calls: Counter[str] = Counter()
+
+
+def define(op: str, name: str, schema: str, fake: Callable[..., Any]) -> dict[str, Any]:
+    """Defines ``mmfast::<name>`` once per backend and returns the overloads by backend.
+
+    C++ implements ``<name>.cpu`` and ``<name>.cuda`` under those names, in either load order. ``<name>.triton``
+    is the function ``<name>`` of ``mmfast.kernels.<op>``, imported when it is first called.
+    """
+    for backend in NATIVE:
+        LIB.define(f"{name}.{backend}{schema}")
+        torch.library.register_fake(f"mmfast::{name}.{backend}", fake, lib=LIB)
+
+    def launch(*args: Any) -> Any:
+        _triton_calls[f"{name}.triton"] += 1
+        return getattr(importlib.import_module(f"mmfast.kernels.{op}"), name)(*args)
+
+    for key in ("CUDA", "CPU"):  # on the CPU for Triton's interpreter
+        LIB.impl(f"{name}.triton", launch, key)
+    return {backend: getattr(getattr(torch.ops.mmfast, name), backend) for backend in NATIVE}
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Forces every op in the process onto one backend: ``cpu``, ``triton``, ``cuda`` or ``reference``.
+
+    Raises:
+        ValueError: for an unknown name here, and in the op where that backend cannot run; there is no fallback.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}, wanted one of {', '.join(BACKENDS)}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(op: str, device: torch.device) -> str:
+    """The backend that runs ``op`` on ``device``.
+
+    Raises:
+        ValueError: the forced backend cannot run there; the message says why.
+    """
+    if _forced is None:
+        return _automatic(op, device.type, device.index)
+    _require(op, device.type, _forced)
+    return _forced
+
+
+def available(op: str, device_type: str) -> dict[str, str]:
+    """Each backend of ``op`` for tensors on ``device_type``: ``"ready"``, or why it is not."""
+    return {name: _state(op, device_type, name) for name in BACKENDS}
+
+
+def measured(op: str, device: torch.device) -> dict[str, Any]:
+    """What the committed table holds for ``op`` on ``device``; empty where nobody has measured it."""
+    key = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return TABLE.get(op, {}).get(key, {})
+
+
+def native_calls(name: str) -> int:
+    """How often a kernel was entered in this process, ``name`` being ``"<op>.<backend>"``."""
+    return _triton_calls[name] if name.endswith(".triton") else _native.calls(name)
+
+
+@torch.compiler.assume_constant_result  # a graph is compiled for one backend; the table does not change
+def _automatic(op: str, device_type: str, index: int | None) -> str:
+    return _from_table(op, device_type, index)
+
+
+@functools.cache
+def _from_table(op: str, device_type: str, index: int | None) -> str:
+    name: str = measured(op, torch.device(device_type, index)).get("backend", "reference")
+    return name if _state(op, device_type, name) == READY else "reference"
+
+
+@torch.compiler.assume_constant_result
+def _require(op: str, device_type: str, name: str) -> None:
+    state = _state(op, device_type, name)
+    if state != READY:
+        raise ValueError(f"backend {name!r} cannot run {op} on {device_type} tensors: {state}")
+
+
+def _state(op: str, device_type: str, name: str) -> str:
+    if name == "reference":
+        return READY
+    if name == "triton":
+        return _triton_state(op, device_type)
+    if name != device_type:
+        return f"it is for {name} tensors"
+    if name == "cuda" and not torch.cuda.is_available():
+        return "compiled, not run: no GPU here" if _native.cuda else _native.missing["mmfast_cuda"]
+    library = f"mmfast_{name}"
+    if library in _native.missing:
+        return _native.missing[library]
+    implemented = torch._C._dispatch_has_kernel_for_dispatch_key(f"mmfast::{op}.{name}", name.upper())
+    return READY if implemented else "no kernel yet"
+
+
+def _triton_state(op: str, device_type: str) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if importlib.util.find_spec(f"mmfast.kernels.{op}") is None:
+        return "no kernel yet"
+    if device_type == "cpu":
+        return READY if os.environ.get("TRITON_INTERPRET") == "1" else "needs a GPU, or TRITON_INTERPRET=1"
+    return READY if torch.cuda.is_available() else "compiled, not run: no GPU here"

@@ -1,1 +1,21 @@
-"""mmfast.data"""
+"""Data: descriptions of modalities, shards on disk, and loaders that turn them into batches."""
+
+from mmfast.data.loader import Batch, Data, Loader
+from mmfast.data.modality import Audio, DataConfig, Image, Modality, Text
+from mmfast.data.plan import Plan
+from mmfast.data.shards import Dataset, ShardIndex, ShardWriter
+
+__all__ = [
+    "Audio",
+    "Batch",
+    "Data",
+    "DataConfig",
+    "Dataset",
+    "Image",
+    "Loader",
+    "Modality",
+    "Plan",
+    "ShardIndex",
+    "ShardWriter",
+    "Text",
+]

@@ -1,0 +1,467 @@
+"""From shards to batches: read, decode and hand over, one stage ahead of the other, in threads.
+
+A batch is a dict with fixed keys: each modality's name, ``lengths`` int64 [B, M], ``present`` bool [B, M],
+``label`` int64 [B] and ``id`` int64 [B]. What is absent is zeros with length 0.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import itertools
+import json
+import queue
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmfast.data.augment import centre_boxes, random_boxes, random_flips, salt
+from mmfast.data.decode import (
+    AudioFile,
+    Decoder,
+    ImageFile,
+    TorchAudio,
+    TorchImages,
+    UndecodableError,
+    check_audio,
+    check_image,
+    check_text,
+    decode_rows,
+    sample_audio,
+    sample_image,
+)
+from mmfast.data.modality import Audio, DataConfig, Image, Modality, Text
+from mmfast.data.plan import InOrder, Ints, Plan
+from mmfast.data.shards import Dataset, ShardIndex
+from mmfast.data.text import TextEncoder, open_tokenizer
+from mmfast.errors import UserError
+
+Batch = dict[str, Tensor]
+Fault = tuple[int, str, str]  # sample, modality, reason
+
+
+@dataclass
+class _Part:
+    """What one modality of one batch has: the rows that hold it, and their files (or texts)."""
+
+    rows: list[int] = field(default_factory=list)
+    files: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class _Work:
+    """A batch between reading and decoding."""
+
+    step: int
+    ids: Ints
+    parts: dict[str, _Part]
+    faults: list[Fault]
+
+
+@dataclass(frozen=True)
+class View:
+    """Which rows of which split a loader makes, and how they are looked at."""
+
+    split: str
+    index: ShardIndex
+    plan: Plan | InOrder
+    modalities: dict[str, Modality]
+    kept: tuple[str, ...]
+    seed: int
+    augment: bool
+    rank: int
+    world_size: int
+
+
+class _Reader:
+    """Reads a step's bytes, checks them, and draws each image's box."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self._salt = {name: salt(name) for name in view.kept}
+
+    def read(self, step: int) -> _Work:
+        view = self.view
+        mine = slice(view.rank, None, view.world_size)
+        ids, epochs = view.plan.samples(step)[mine], view.plan.epochs(step)[mine]
+        work = _Work(step, ids, {}, [])
+        for name in view.kept:
+            modality = view.modalities[name]
+            part = work.parts[name] = _Part()
+            checked: list[Any] = []
+            for row, sample in enumerate(ids.tolist()):
+                data = view.index.read(sample, modality.component) if sample >= 0 else None
+                if data is None:
+                    continue
+                try:
+                    checked.append(_check(modality, data))
+                except UndecodableError as error:
+                    work.faults.append((sample, name, str(error)))
+                    continue
+                part.rows.append(row)
+                part.files.append(data)
+            if part.rows:
+                part.files = self._files(name, modality, part, checked, ids, epochs)
+        return work
+
+    def _files(
+        self, name: str, modality: Modality, part: _Part, checked: list[Any], ids: Ints, epochs: Ints
+    ) -> list[Any]:
+        if isinstance(modality, Text):
+            return checked
+        if isinstance(modality, Audio):
+            return [AudioFile(data) for data in part.files]
+        sizes = np.array(checked, np.int64)  # [n, 2]
+        image = cast(Image, modality)
+        if self.view.augment:
+            key = (self.view.seed, epochs[part.rows], ids[part.rows], self._salt[name])
+            boxes = random_boxes(sizes, image.crop_scale, *key)
+            flips = random_flips(*key) & image.flip
+        else:
+            boxes, flips = centre_boxes(sizes), np.zeros(len(sizes), np.bool_)
+        views = zip(part.files, boxes.tolist(), flips.tolist(), strict=True)
+        return [ImageFile(data, tuple(box), flip) for data, box, flip in views]
+
+
+def _check(modality: Modality, data: bytes) -> Any:
+    if isinstance(modality, Image):
+        return check_image(data)
+    if isinstance(modality, Audio):
+        return check_audio(data)
+    return check_text(data)
+
+
+class _Assembler:
+    """Decodes a step's files into its batch."""
+
+    def __init__(self, view: View, config: DataConfig, tokenizer: Any, device: torch.device) -> None:
+        self.view, self.device = view, device
+        self._bad: dict[tuple[str, int], str] = {}  # found in an earlier epoch
+        make = _decoders(config, device, view.plan.batch_size // view.world_size)
+        self._decoders: dict[str, Decoder] = {}
+        self._encoders: dict[str, TextEncoder] = {}
+        for name in view.kept:
+            modality = view.modalities[name]
+            if isinstance(modality, Text):
+                self._encoders[name] = TextEncoder(tokenizer, modality.max_tokens)
+            else:
+                self._decoders[name] = make(modality)
+        self._good: dict[type[Modality], ImageFile | AudioFile] = {
+            Image: sample_image(),
+            Audio: sample_audio(),
+        }
+
+    def assemble(self, work: _Work) -> tuple[Batch, list[Fault]]:
+        view, size = self.view, len(work.ids)
+        batch: Batch = {}
+        lengths = torch.zeros(len(view.modalities), size, dtype=torch.int64)  # [M, B]
+        for m, (name, modality) in enumerate(view.modalities.items()):
+            part = work.parts.get(name)
+            if part is not None:
+                self._drop_known(name, part, work)
+            batch[name] = modality.empty(size, "cpu" if isinstance(modality, Text) else self.device)
+            if part is None or not part.rows:
+                continue
+            rows = torch.tensor(part.rows)
+            if isinstance(modality, Text):
+                bad = self._tokenize(name, part, rows, batch[name], lengths[m])
+            else:
+                good = self._good[type(modality)]
+                bad = decode_rows(self._decoders[name], part.files, rows, batch[name], lengths[m], good)
+            for row, reason in bad.items():
+                sample = int(work.ids[row])
+                self._bad[name, sample] = reason
+                work.faults.append((sample, name, reason))
+        labels = np.where(work.ids >= 0, view.index.labels[work.ids], -1)
+        batch["lengths"] = lengths.T.contiguous()
+        batch["present"] = batch["lengths"] > 0
+        batch["label"] = torch.from_numpy(labels.astype(np.int64))
+        batch["id"] = torch.from_numpy(work.ids.copy())
+        return batch, work.faults
+
+    def close(self) -> None:
+        for decoder in self._decoders.values():
+            decoder.close()
+
+    def _tokenize(self, name: str, part: _Part, rows: Tensor, ids: Tensor, lengths: Tensor) -> dict[int, str]:
+        tokens, counts = self._encoders[name](part.files)
+        ids[rows], lengths[rows] = tokens, counts
+        return {row: "no tokens" for row, n in zip(part.rows, counts.tolist(), strict=True) if n == 0}
+
+    def _drop_known(self, name: str, part: _Part, work: _Work) -> None:
+        for i in reversed(range(len(part.rows))):
+            sample = int(work.ids[part.rows[i]])
+            if reason := self._bad.get((name, sample)):
+                work.faults.append((sample, name, reason))
+                del part.rows[i], part.files[i]
+
+
+def _decoders(config: DataConfig, device: torch.device, batch: int) -> Callable[[Modality], Decoder]:
+    kind = choose_decoder(config)
+
+    def make(modality: Modality) -> Decoder:
+        if kind == "torch":
+            if isinstance(modality, Image):
+                return cast(Decoder, TorchImages(modality, config.threads))
+            return cast(Decoder, TorchAudio(cast(Audio, modality), config.threads))
+        from mmfast.data.dali import DaliAudio, DaliImages
+
+        if isinstance(modality, Image):
+            return cast(Decoder, DaliImages(modality, batch, device, config.threads))
+        return cast(Decoder, DaliAudio(cast(Audio, modality), batch, device, config.threads))
+
+    return make
+
+
+def choose_decoder(config: DataConfig) -> str:
+    """ "dali" or "torch"; ``UserError`` where the configuration asks for a DALI that is not there."""
+    there = (
+        importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    )
+    if config.decoder == "dali" and not there:
+        raise UserError("data.decoder: got 'dali', which is not installed; wanted 'torch' or 'auto'")
+    return "dali" if there and config.decoder != "torch" else "torch"
+
+
+def choose_device(config: DataConfig) -> torch.device:
+    """Where decoded batches are born."""
+    usable = torch.cuda.is_available() and choose_decoder(config) == "dali"
+    if config.device == "gpu" and not usable:
+        why = "no CUDA device is there" if not torch.cuda.is_available() else "only DALI decodes on the GPU"
+        raise UserError(f"data.device: got 'gpu', but {why}; wanted 'cpu' or 'auto'")
+    if config.device == "cpu" or not usable:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+class _End:
+    """Put on a queue after its last item, with what ended it, if anything did."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
+
+
+class _Stage:
+    """Runs an iterator in a thread, ``depth`` items ahead of whoever iterates over the stage."""
+
+    def __init__(self, items: Iterator[Any], depth: int, name: str) -> None:
+        self._queue: queue.Queue[Any] = queue.Queue(depth)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(items,), name=name, daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Any]:
+        while not isinstance(item := self._queue.get(), _End):
+            yield item
+        if item.error is not None:
+            raise item.error
+
+    def stop(self) -> None:
+        """End the thread, whatever it waits for, and tell whoever iterates that this is the end."""
+        self._stopped.set()
+        while self._thread.is_alive():
+            self._drain()
+            self._thread.join(0.01)
+        self._drain()
+        self._queue.put(_End())
+
+    def _drain(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
+
+    def _run(self, items: Iterator[Any]) -> None:
+        end = _End()
+        try:
+            for item in items:
+                self._queue.put(item)
+                if self._stopped.is_set():
+                    break
+        except BaseException as error:
+            end = _End(error)
+        self._queue.put(end)
+
+
+class Loader:
+    """Batches, made ahead of time. Iterate over it; close it (or use ``with``) when leaving early.
+
+    In training it is endless; in evaluation it is one pass. Each ``iter()`` starts afresh at ``start_step``.
+
+    Attributes:
+        step: the step of the next batch.
+        steps_per_epoch: steps after which every sample was seen once.
+        ledger: (split, key, modality, reason) -> how often that made a modality absent in a batch handed out.
+        time_waiting: seconds spent waiting for a batch, in all.
+    """
+
+    def __init__(
+        self, view: View, config: DataConfig, tokenizer: Any, start_step: int, end_step: int | None
+    ) -> None:
+        """Use ``Data.loader``."""
+        self.view = view
+        self.step = self._start_step = start_step
+        self.steps_per_epoch = view.plan.steps_per_epoch
+        self.ledger: Counter[tuple[str, str, str, str]] = Counter()
+        self.time_waiting = 0.0
+        self.device = choose_device(config)
+        self._make = (config, tokenizer, end_step)
+        self._batches: Iterator[tuple[Batch, list[Fault]]] | None = None
+        self._close: Callable[[], Any] = lambda: None
+
+    def __iter__(self) -> "Loader":
+        """Start from ``start_step``."""
+        self.close()
+        self.step = self._start_step
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch; what went wrong in a thread is raised here."""
+        if self._batches is None:
+            self._start()
+        assert self._batches is not None
+        begin = time.perf_counter()
+        try:
+            batch, faults = next(self._batches)
+        except StopIteration:
+            self.close()
+            raise
+        except UserError:
+            self.close()
+            raise
+        except Exception as error:
+            self.close()
+            raise RuntimeError(f"loading step {self.step} of {self.view.split!r} failed: {error}") from error
+        self.time_waiting += time.perf_counter() - begin
+        self.step += 1
+        for sample, modality, reason in faults:
+            self.ledger[self.view.split, self.view.index.key(sample), modality, reason] += 1
+        return batch
+
+    def close(self) -> None:
+        """End the threads and drop what was made ahead; the loader can be iterated again."""
+        self._batches = None
+        self._close()
+
+    def __enter__(self) -> "Loader":
+        """The loader itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+    def _start(self) -> None:
+        config, tokenizer, end_step = self._make
+        reader = _Reader(self.view)
+        assembler = _Assembler(self.view, config, tokenizer, self.device)
+        steps = itertools.count(self.step) if end_step is None else range(self.step, end_step)
+        read = _Stage(map(reader.read, steps), config.prefetch, "mmfast-read")
+        made = _Stage(map(assembler.assemble, read), config.prefetch, "mmfast-decode")
+        self._batches = iter(made)
+        # a finalizer: also when the loader is forgotten, and before the interpreter goes
+        self._close = weakref.finalize(self, _stop, read, made, assembler)
+
+
+def _stop(read: _Stage, made: _Stage, assembler: _Assembler) -> None:
+    read.stop()
+    made.stop()
+    assembler.close()
+
+
+class Data:
+    """A prepared dataset seen through a ``DataConfig``: what a model must know, and loaders.
+
+    Attributes:
+        dataset: the opened ``Dataset``.
+        modalities: name -> ``Modality``, in the order of ``lengths`` and ``present``.
+        classes: names of the labels.
+        num_classes: their number.
+        vocab_size: token ids of the text modalities (0 where there is none).
+        fingerprint: changes when the data, the modalities, the seed or augmentation do. The decoder is not
+            in it: another one gives the same views, up to its rounding.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        """Open the dataset; ``UserError`` where something that the configuration names is not there."""
+        self.config = config
+        self.dataset = Dataset.open(config.path)
+        self.modalities = dict(config.modalities)
+        self.classes = list(self.dataset.classes)
+        self.num_classes = len(self.classes)
+        for name, modality in self.modalities.items():
+            if modality.component not in self.dataset.modalities:
+                raise UserError(
+                    f"data.modalities.{name}: component {modality.component!r} is not in {config.path}; "
+                    f"there are: {', '.join(self.dataset.modalities)}"
+                )
+        choose_device(config)
+        self.vocab_size = 0
+        self._tokenizer: Path | None = None
+        tokens = b""
+        if any(isinstance(modality, Text) for modality in self.modalities.values()):
+            path = self._tokenizer = self.dataset.tokenizer_path or self.dataset.path / "tokenizer.json"
+            self.vocab_size = open_tokenizer(path).get_vocab_size()
+            tokens = path.read_bytes()
+        facts = [
+            {split: index.fingerprint for split, index in sorted(self.dataset.splits.items())},
+            {name: repr(modality) for name, modality in self.modalities.items()},
+            [config.seed, config.augment, self.classes, hashlib.sha256(tokens).hexdigest()],
+        ]
+        self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def loader(
+        self,
+        split: str,
+        *,
+        batch_size: int,
+        train: bool,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        only: Sequence[str] | None = None,
+        seed: int | None = None,
+    ) -> Loader:
+        """Batches of one split for one rank.
+
+        Args:
+            split: name of the split.
+            batch_size: samples of a step over all ranks; rank r gets rows r, r + world_size, …
+            train: True: endless, shuffled, augmented. False: one pass in order, filled up with rows of
+                id -1 so that every rank runs the same number of steps.
+            rank: this process.
+            world_size: number of processes.
+            start_step: the step to begin with; nothing before it is read.
+            only: modalities to keep; the others are reported absent.
+            seed: of order and augmentation instead of the configuration's.
+        """
+        index = self.dataset.split(split)
+        if world_size < 1 or not 0 <= rank < world_size:
+            raise UserError(f"rank: got {rank} of {world_size}, wanted 0 to world_size - 1")
+        if world_size > len(index):
+            raise UserError(f"{split!r} has {len(index)} samples, fewer than the {world_size} ranks")
+        if batch_size < 1 or batch_size % world_size:
+            raise UserError(f"batch_size: got {batch_size}, wanted a multiple of the {world_size} ranks")
+        if start_step < 0:
+            raise UserError(f"start_step: got {start_step}, wanted 0 or more")
+        if unknown := set(only or ()) - self.modalities.keys():
+            raise UserError(
+                f"only: no modality {sorted(unknown)[0]!r}; there are: {', '.join(self.modalities)}"
+            )
+        seed = self.config.seed if seed is None else seed
+        plan = Plan(len(index), batch_size, seed) if train else InOrder(len(index), batch_size)
+        kept = tuple(name for name in self.modalities if only is None or name in only)
+        augment = train and self.config.augment
+        view = View(split, index, plan, self.modalities, kept, seed, augment, rank, world_size)
+        end_step = None if train else plan.steps_per_epoch
+        return Loader(view, self.config, self._tokenizer, start_step, end_step)

@@ -1,1 +1,1 @@
-"""Benchmarks: one measuring core, one file an op, imported as ``mmfast.bench``."""
+"""Benchmarks: one measuring core, a suite per op, a report, and what was measured."""

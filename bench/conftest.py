@@ -1,0 +1,88 @@
+"""Ties the measuring core to pytest-benchmark: ``pytest bench --benchmark-only``."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from rich.console import Console
+
+from mmfast.bench.measure import Result, Work, ceilings, measure
+from mmfast.bench.report import RESULTS, Record
+
+_DONE = pytest.StashKey[dict[str, list[Result]]]()  # by the module that asked
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--results", type=Path, default=RESULTS, help="folder for the records (default: %(default)s)"
+    )
+    parser.addoption("--seconds", type=float, default=10.0, help="time for each piece of work (default: 10)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("python_files", "bench_*.py")
+    config.stash[_DONE] = {}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A benchmark takes ``measured`` and ``variant``; its module's ``works()`` says what they are."""
+    if "measured" in metafunc.fixturenames:
+        works = metafunc.module.works()
+        variants = dict.fromkeys(variant for work in works for variant in work.variants)
+        metafunc.parametrize("variant", variants)
+        metafunc.parametrize("measured", works, ids=str, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def measured(request: pytest.FixtureRequest) -> Result:
+    """All variants of one piece of work, measured together when the first of them is asked for."""
+    work: Work = request.param
+    torch.compiler.reset()
+    result = measure(work, seconds=request.config.getoption("--seconds"))
+    request.config.stash[_DONE].setdefault(request.module.__name__, []).append(result)
+    return result
+
+
+@pytest.fixture
+def rounds(
+    request: pytest.FixtureRequest, measured: Result, variant: str
+) -> Callable[[BenchmarkFixture], None]:
+    """Hands a variant's rounds to pytest-benchmark.
+
+    It times one function after the other, and fair rounds hold all variants: so the timer that it reads here
+    is one that replays what ``measure`` has timed.
+    """
+    if variant not in measured.seconds:
+        pytest.skip(f"{variant} does not do this work")
+    seconds = measured.seconds[variant]
+    ticks = itertools.accumulate(itertools.chain.from_iterable((0.0, s) for s in seconds))
+    request.node.add_marker(
+        pytest.mark.benchmark(timer=lambda: next(ticks), group=f"{measured.work} {measured.dtype}")
+    )
+
+    def replay(benchmark: BenchmarkFixture) -> None:
+        low, median, high = measured.ratio(variant)
+        benchmark.extra_info["over_ours"] = {"low": low, "median": median, "high": high}
+        benchmark.pedantic(lambda: None, rounds=len(seconds))
+
+    return replay
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Shows the tables, and records a run that was whole and without a failure."""
+    tell = terminalreporter.write_line
+    partial = [kind for kind in ("failed", "error", "deselected") if terminalreporter.stats.get(kind)]
+    for module, results in config.stash[_DONE].items():
+        record = Record(module.rpartition(".bench_")[2], results, ceilings(results[0].device))
+        tty = terminalreporter.hasmarkup
+        console = Console(width=None if tty else 160, force_terminal=tty)
+        with console.capture() as text:
+            console.print(record.table())
+        terminalreporter.write("\n" + text.get())
+        if partial:
+            tell(f"not recorded: some benchmarks were {' and some '.join(partial)}")
+        else:
+            tell(f"recorded in {record.save(config.getoption('--results'))}")

@@ -1,0 +1,57 @@
+"""A record comes back as it was written, and the table hides neither losses nor what was asked for."""
+
+import io
+
+from rich.console import Console
+
+from mmfast.bench.measure import Result
+from mmfast.bench.report import Machine, Record
+
+MACHINE = Machine("A CPU (R) 9000", ["avx2"], 2, 2, None, {"python": "3.12", "torch": "2.14.1"})
+RESULTS = [
+    Result(
+        "won",
+        "float32",
+        "cpu",
+        {"ours": [1e-3, 1e-3], "eager": [2e-3, 2.2e-3]},
+        2e9,
+        {"eager": 1.9},
+        {"ours": 2**20},
+    ),
+    Result("lost", "bfloat16", "cpu", {"ours": [1e-3, 1e-3], "eager": [5e-4, 7e-4], "other": [1e-3, 1e-3]}),
+]
+RECORD = Record("op", RESULTS, {"gemm_float32": 4e12, "copy": 1e10}, MACHINE, "abc123", "2030-01-01")
+
+
+def shown(record):
+    console = Console(file=io.StringIO(), width=200)
+    console.print(record.table())
+    return console.file.getvalue()
+
+
+def test_a_record_survives_the_round_trip(tmp_path):
+    path = RECORD.save(tmp_path)
+    assert path.name == "op-a-cpu-r-9000-2-threads.json"
+    assert Record.load(path) == RECORD
+
+
+def test_a_record_says_where_and_when_it_was_taken():
+    record = Record("op", [], {})
+    assert (
+        record.machine.cpu
+        and record.machine.threads >= 1
+        and record.machine.versions["torch"] != "not installed"
+    )
+    assert record.date[:2] == "20" and record.date.endswith("+00:00")
+
+
+def test_wins_and_losses_are_both_shown_with_their_spread():
+    text = shown(RECORD)
+    assert "2.10x (2.05-2.15) ≥ 1.9 ✓" in text
+    assert "0.60x (0.55-0.65)" in text
+    assert "50%" in text  # 2 GFLOP in 1 ms of 4 TFLOP/s
+
+
+def test_a_peer_that_did_not_take_part_has_no_figure():
+    row = next(line for line in shown(RECORD).splitlines() if "won" in line)
+    assert row.split("│")[-2].strip() == ""

@@ -28,8 +28,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 Call = Callable[..., Any]
 
 PEER = 8.0  # how much more a peer may round than we may: torch.compile sums a float32 column in one chain
-    8.0  # torch.compile sums in float32 without blocks, for one: a peer may round this much more than we may
-)
 SHORTEST = 2e-3  # seconds: a sample shorter than this holds several calls
 
 

@@ -1,0 +1,216 @@
+"""Checkpoints that hold a whole job and are never half there.
+
+``<out>/checkpoints/step-00000040/`` holds the shards of all ranks (``torch.distributed.checkpoint``: model
+and optimizer, loadable at any world size) and ``run.json`` (step, configuration, data fingerprint, seeds,
+validation). All of it is written under another name, synced to the disk and renamed: a folder called
+``step-…`` is complete.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+
+from mmfast.errors import UserError
+
+T = TypeVar("T")
+
+
+def folder(out: str | Path) -> Path:
+    """The folder that holds the checkpoints of the run in ``out``."""
+    return Path(out) / "checkpoints"
+
+
+def steps(out: str | Path) -> dict[int, Path]:
+    """All complete checkpoints of a run by step, the oldest first."""
+    found = {int(path.name[5:]): path for path in folder(out).glob("step-*") if path.name[5:].isdigit()}
+    return dict(sorted(found.items()))
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """What a checkpoint says about itself (``run.json``)."""
+    try:
+        return json.loads((path / "run.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is not a checkpoint: it has no run.json") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path / 'run.json'} is damaged: {error}") from None
+
+
+def find(out: str | Path, which: str, metric: str = "accuracy") -> Path:
+    """Resolve "latest", "best" (by ``metric`` on validation) or the path of a checkpoint or of a run."""
+    if which not in ("latest", "best"):
+        path = Path(which)
+        if not path.exists():
+            raise UserError(f"there is no checkpoint {which}; wanted latest, best or a folder")
+        return find(path, "latest") if folder(path).is_dir() else path
+    found = steps(out)
+    if not found:
+        raise UserError(f"{folder(out)} holds no checkpoint")
+    return (best(found, metric) if which == "best" else None) or list(found.values())[-1]
+
+
+def best(found: dict[int, Path], metric: str) -> Path | None:
+    """The checkpoint whose validation was best, the earlier of equals; losses are better when lower."""
+    sign = -1.0 if metric.endswith("loss") else 1.0
+    scored = [(facts(path).get("validation") or {}).get(metric) for path in found.values()]
+    ranked = [(sign * value, -step) for step, value in zip(found, scored, strict=True) if value is not None]
+    return found[-max(ranked)[1]] if ranked else None
+
+
+def better(metric: str, metrics: dict[str, float], than: dict[str, float] | None) -> bool:
+    """Say whether one validation beats another (or none) in ``metric``."""
+    if metric not in metrics:
+        raise UserError(f"trainer.best is '{metric}'; validation has {', '.join(metrics)}")
+    sign = -1.0 if metric.endswith("loss") else 1.0
+    return than is None or sign * metrics[metric] > sign * than[metric]
+
+
+def beginning(out: str | Path, resume: str | None, overwrite: bool) -> Path | None:
+    """Find the checkpoint a run starts from, or None for a new run; ``overwrite`` drops newer ones."""
+    found = steps(out)
+    # "latest" where there is none yet is a new run: a job that is restarted is given the same command again
+    path = find(out, resume) if resume is not None and (found or resume != "latest") else None
+    begin = facts(path)["step"] if path else 0
+    in_the_way = [checkpoint for step, checkpoint in found.items() if step > begin]
+    if in_the_way and not overwrite:
+        raise UserError(
+            f"{out} already holds checkpoints up to step {max(found)}: --resume goes on from there, "
+            "--trainer.overwrite true drops them, --trainer.out names another folder"
+        )
+    for checkpoint in in_the_way:
+        shutil.rmtree(checkpoint)
+    return path
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """Name every tensor of the job. The tensors are the live ones: loading fills them in place."""
+    state: dict[str, Any] = {"model": model.state_dict()}
+    if optimizer is not None:
+        state["optimizer"] = {
+            name: moments(optimizer, p) for name, p in model.named_parameters() if p.requires_grad
+        }
+    return state
+
+
+def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of one parameter, made as AdamW makes it where no step was taken yet."""
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"] = torch.zeros_like(parameter)
+        state["exp_avg_sq"] = torch.zeros_like(parameter)
+    return state
+
+
+def save(
+    out: str | Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    about: dict[str, Any],
+    *,
+    keep: int,
+    metric: str,
+) -> Path:
+    """Write the checkpoint of ``step`` and drop all but the last ``keep`` and the best. For every rank."""
+    home = folder(out)
+    final, partial = home / f"step-{step:08d}", home / f".writing-{step:08d}"
+
+    def prepare() -> None:
+        for left in home.glob(".writing-*"):  # of a process that died while writing
+            shutil.rmtree(left)
+        partial.mkdir(parents=True)
+        with open(partial / "run.json", "w") as file:
+            json.dump({"step": step, **about}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def publish() -> None:
+        sync(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        sync(home)
+        found = steps(out)
+        kept = set(list(found.values())[-keep:]) | {best(found, metric)}
+        for path in found.values():
+            if path not in kept:
+                shutil.rmtree(path)
+
+    try:
+        on_first_rank(prepare)
+        writer = FileSystemWriter(partial, sync_files=True, overwrite=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            save_shards(state_of(model, optimizer), storage_writer=writer)
+        on_first_rank(publish)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        left = list(steps(out).values())[-1:]
+        kept = f"{left[0]} is whole" if left else "there is none before it"
+        raise UserError(f"cannot write the checkpoint {final}: {reason(error)}; {kept}") from error
+    return final
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+    """Fill model and optimizer in place from a checkpoint; returns its facts. For every rank."""
+    about = facts(path)
+    try:
+        load_shards(state_of(model, optimizer), storage_reader=FileSystemReader(path))
+    except (CheckpointException, OSError, RuntimeError, KeyError, ValueError) as error:
+        raise UserError(f"cannot read the checkpoint {path}: {reason(error)}") from error
+    return about
+
+
+def refuse_mismatch(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise a ``UserError`` if the job of the checkpoint is not the job at hand; names all that differs."""
+    different = [
+        f"{key} was {then.get(key)!r}, now {value!r}" for key, value in now.items() if then.get(key) != value
+    ]
+    if different:
+        raise UserError(f"cannot resume from {path}: {'; '.join(different)}")
+
+
+def reason(error: BaseException) -> str:
+    """One line that says what went wrong, taken from the rank where it did."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+        if isinstance(error, KeyboardInterrupt):
+            raise error
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def on_first_rank(action: Callable[[], T]) -> T:
+    """Run ``action`` on rank 0; every rank waits for it and gets its value, or its error."""
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = action()
+        except (OSError, UserError) as error:
+            told[1] = error
+    dist.broadcast_object_list(told, 0)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
+
+
+def sync(path: Path) -> None:
+    """Make the names in a folder last through a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,103 @@
+"""What a run says: a progress bar, TensorBoard, and metrics.jsonl with every step in full precision."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Log:
+    """Writes of one process: rank 0 has one, the others have a silent one.
+
+    ``metrics.jsonl`` holds one object a line: ``{"kind": "train", "step": 41, "loss": …}``, floats as
+    ``repr`` has them. A resumed run drops the lines of steps that it takes again.
+    """
+
+    def __init__(self, out: str | Path, *, first: int, last: int, active: bool, quiet: bool = False) -> None:
+        """Open the log of a run that takes the steps ``first + 1`` to ``last``."""
+        self.active = active
+        if not active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = Path(out) / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keep_lines(path, first)
+        self.file = open(path, "a")
+        self.board = SummaryWriter(str(out), purge_step=first + 1 if first else None)
+        # without a terminal there is a line per validation and no bar
+        self.bar = tqdm(
+            initial=first, total=last, unit="step", disable=True if quiet else None, dynamic_ncols=True
+        )
+        self.quiet = quiet
+
+    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """Record the values of one step or of one evaluation."""
+        if not self.active:
+            return
+        self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    def progress(self, step: int, values: dict[str, Any]) -> None:
+        """Bring the bar and the file to ``step``."""
+        if self.active:
+            self.file.flush()
+            self.bar.set_postfix(values, refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def say(self, line: str) -> None:
+        """Print a line beside the bar."""
+        if self.active and not self.quiet:
+            self.bar.write(line, file=sys.stderr)
+
+    def close(self) -> None:
+        """Put everything on the disk."""
+        if self.active:
+            self.bar.close()
+            self.board.close()
+            self.file.close()
+
+
+def keep_lines(path: Path, last_step: int) -> None:
+    """Drop the lines of ``path`` after ``last_step``; the file is whole at any moment."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue  # a line cut short by a crash
+    partial = path.with_suffix(".partial")
+    with open(partial, "w") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+class Pace:
+    """Samples a second and the share of time spent waiting for data, over laps of several steps."""
+
+    def __init__(self, batch_size: int) -> None:
+        """No laps yet."""
+        self.batch_size = batch_size
+        self.laps: list[tuple[int, float, float]] = []  # steps, seconds, of them waiting for data
+
+    def lap(self, steps: int, seconds: float, waited: float) -> tuple[float, float]:
+        """Add a lap; returns its samples a second and its share of waiting."""
+        self.laps.append((steps, seconds, waited))
+        return self._rates(self.laps[-1:])
+
+    def overall(self) -> tuple[float, float]:
+        """Give the same over all laps but the first, which holds compilation and cold caches."""
+        return self._rates(self.laps[1:] or self.laps)
+
+    def _rates(self, laps: list[tuple[int, float, float]]) -> tuple[float, float]:
+        steps, seconds, waited = (sum(column) for column in zip(*laps, strict=True))
+        return self.batch_size * steps / seconds, waited / seconds

@@ -1,0 +1,325 @@
+// Row kernels in the vectors of one instruction set. No torch header and no linkage but MM_ENTRY: see dispatch.h.
+#include "rows.h"
+
+using mmfast::Activation, mmfast::bf16, mmfast::RowKernels, mmfast::RowType;
+
+namespace {
+
+#if defined(MMFAST_ISA_avx512) || defined(MMFAST_ISA_avx512bf16)
+constexpr int BYTES = 64;
+#elif defined(MMFAST_ISA_avx2)
+constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
+#endif
+
+using Float = float __attribute__((vector_size(BYTES)));
+using Int = int32_t __attribute__((vector_size(BYTES)));
+using Uint = uint32_t __attribute__((vector_size(BYTES)));
+using Half = uint16_t __attribute__((vector_size(BYTES / 2)));
+using Double = double __attribute__((vector_size(BYTES)));
+
+template <class T>
+struct Traits {
+  using A = float;
+  using V = Float;
+};
+template <>
+struct Traits<double> {
+  using A = double;
+  using V = Double;
+};
+template <class T>
+using Vec = typename Traits<T>::V;
+template <class T>
+using Acc = typename Traits<T>::A;
+template <class T>
+constexpr int lanes = BYTES / sizeof(Acc<T>);
+
+template <class V, class T>
+V bits(const T* p, int64_t count) {  // the rest of the vector is zero
+  V v{};
+  __builtin_memcpy(&v, p, count * sizeof(T));
+  return v;
+}
+
+Float widen(Half h) { return (Float)(__builtin_convertvector(h, Uint) << 16); }
+
+Half narrow(Float x) {  // to nearest even; NaN stays NaN
+  const Uint u = (Uint)x;
+  const Uint rounded = u + 0x7fff + ((u >> 16) & 1);
+  return __builtin_convertvector((x == x ? rounded : u | 0x400000) >> 16, Half);
+}
+
+// A whole vector, or the first `count` elements of one at the end of a row.
+struct Whole {};
+struct Part {
+  int64_t count;
+};
+
+template <class T>
+Vec<T> load(const T* p, Whole) {
+  if constexpr (sizeof(T) == 2) return widen(bits<Half>(p, BYTES / 4));
+  else return bits<Vec<T>>(p, lanes<T>);
+}
+template <class T>
+Vec<T> load(const T* p, Part part) {
+  if constexpr (sizeof(T) == 2) return widen(bits<Half>(p, part.count));
+  else return bits<Vec<T>>(p, part.count);
+}
+template <class T>
+void put(T* p, Vec<T> v, int64_t count) {
+  if constexpr (sizeof(T) == 2) {
+    const Half h = narrow(v);
+    __builtin_memcpy(p, &h, count * sizeof(T));
+  } else {
+    __builtin_memcpy(p, &v, count * sizeof(T));
+  }
+}
+template <class T>
+void store(T* p, Vec<T> v, Whole) { put(p, v, lanes<T>); }
+template <class T>
+void store(T* p, Vec<T> v, Part part) { put(p, v, part.count); }
+
+// f(first, Whole or Part) over a row of n
+template <class T, class F>
+void sweep(int64_t n, F f) {
+  int64_t c = 0;
+  for (; c + lanes<T> <= n; c += lanes<T>) f(c, Whole{});
+  if (c < n) f(c, Part{n - c});
+}
+
+template <class V>
+auto total(V v) {
+  auto sum = v[0];
+  for (unsigned i = 1; i < sizeof(V) / sizeof(v[0]); ++i) sum += v[i];
+  return sum;
+}
+
+// 2^n * p(r) with x = n ln 2 + r, |r| <= ln 2 / 2: Taylor's series to degree 7. 2^n in two factors reaches inf and 0.
+Float exp(Float x) {
+  x = x > 89.f ? Float{} + 89.f : x;
+  x = x < -104.f ? Float{} - 104.f : x;
+  const Float n = (x * 1.44269504f + 12582912.f) - 12582912.f;
+  const Float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Float p = r * 1.98412698e-4f + 1.38888889e-3f;
+  p = p * r + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+  const Int whole = __builtin_convertvector(n == n ? n : Float{}, Int);
+  const Int half = whole >> 1;
+  return p * (Float)((half + 127) << 23) * (Float)((whole - half + 127) << 23);
+}
+
+// Norbert Juffa's two minimax polynomials, joined at 475/512; within 1 ulp.
+Float erf(Float x) {
+  const Float t = x < 0 ? -x : x, s = x * x;
+  Float big = t * -1.72853470e-5f + 3.83197126e-4f;
+  big = big * s + (t * -3.88396438e-3f + 2.42546219e-2f);
+  big = big * t - 1.06777877e-1f;
+  big = big * t - 6.34846687e-1f;
+  big = big * t - 1.28717512e-1f;
+  big = 1.f - exp(big * t - t);
+  big = x < 0 ? -big : big;
+  Float small = s * -5.96761703e-4f + 4.99119423e-3f;
+  small = small * s - 2.67681349e-2f;
+  small = small * s + 1.12819925e-1f;
+  small = small * s - 3.76125336e-1f;
+  small = small * s + 1.28379166e-1f;
+  return t > 0.927734375f ? big : small * x + x;
+}
+
+template <class F>
+Double each(Double x, F f) {
+  for (unsigned i = 0; i < sizeof(Double) / sizeof(double); ++i) x[i] = f(x[i]);
+  return x;
+}
+Double exp(Double x) {
+  return each(x, [](double v) { return __builtin_exp(v); });
+}
+Double erf(Double x) {
+  return each(x, [](double v) { return __builtin_erf(v); });
+}
+
+template <class V>
+V sigmoid(V x) { return 1 / (1 + exp(-x)); }
+
+template <class V>
+V activate(Activation activation, V x) {
+  switch (activation) {
+    case Activation::relu: return x < 0 ? V{} : x;
+    case Activation::gelu: return x * 0.5f * (1 + erf(x * static_cast<decltype(x[0] + 0)>(0.70710678118654752)));
+    case Activation::silu:
+    case Activation::swiglu: return x / (1 + exp(-x));
+    default: return x;
+  }
+}
+
+template <class V>
+V slope(Activation activation, V x) {
+  using A = decltype(x[0] + 0);
+  switch (activation) {
+    case Activation::relu: return x <= 0 ? V{} : V{} + 1;
+    case Activation::gelu:
+      return (1 + erf(x * A(0.70710678118654752))) * A(0.5) + x * exp(x * x * A(-0.5)) * A(0.39894228040143268);
+    case Activation::silu:
+    case Activation::swiglu: return sigmoid(x) * (1 + x * (1 - sigmoid(x)));
+    default: return V{} + 1;
+  }
+}
+
+template <class T>
+void combine(T* out, const T* extra, int64_t count, const Acc<T>* const* terms, const Acc<T>* scales, int64_t n) {
+  sweep<T>(n, [&](int64_t c, auto part) {
+    Vec<T> sum{};
+    if (extra) sum = load(extra + c, part);
+    for (int64_t k = 0; k < count; ++k) sum += scales[k] * load(terms[k] + c, part);
+    store(out + c, sum, part);
+  });
+}
+
+template <class T>
+void accumulate(Acc<T>* sum, Acc<T> scale, const T* x, int64_t n) {
+  sweep<T>(n, [&](int64_t c, auto part) { store(sum + c, load(sum + c, part) + scale * load(x + c, part), part); });
+}
+
+template <class T>
+void add(T* out, const T* x, int64_t n) {
+  sweep<T>(n, [&](int64_t c, auto part) { store(out + c, load(out + c, part) + load(x + c, part), part); });
+}
+
+template <class T>
+Acc<T> dot(const T* x, const Acc<T>* y, int64_t n) {
+  Vec<T> sum{};
+  sweep<T>(n, [&](int64_t c, auto part) { sum += load(x + c, part) * load(y + c, part); });
+  return total(sum);
+}
+
+template <class T, Activation activation>
+void epilogue_of(T* out, const T* preact, const Acc<T>* gate, const T* residual, int64_t n) {
+  sweep<T>(n, [&](int64_t c, auto part) {
+    Vec<T> y = activate(activation, load(preact + c, part));
+    if constexpr (activation == Activation::swiglu) y *= load(preact + n + c, part);
+    if (gate) y *= load(gate + c, part);
+    if (residual) y += load(residual + c, part);
+    store(out + c, y, part);
+  });
+}
+
+template <class T, Activation activation>
+void epilogue_backward_of(T* dpreact, Acc<T>* dgate, const T* grad, const T* preact, const Acc<T>* gate, int64_t n) {
+  constexpr bool glu = activation == Activation::swiglu;
+  sweep<T>(n, [&](int64_t c, auto part) {
+    const Vec<T> g = load(grad + c, part), x = load(preact + c, part);
+    const Vec<T> y = activate(activation, x);
+    const Vec<T> other = glu ? load(preact + n + c, part) : Vec<T>{} + 1;
+    if (dgate) store(dgate + c, load(dgate + c, part) + g * (glu ? y * other : y), part);
+    const Vec<T> dy = gate ? g * load(gate + c, part) : g;
+    // relu selects, as PyTorch does: an infinite grad times 0 would be NaN
+    const Vec<T> dx = activation == Activation::relu ? (x <= 0 ? Vec<T>{} : dy) : dy * slope(activation, x);
+    store(dpreact + c, glu ? dx * other : dx, part);
+    if constexpr (glu) store(dpreact + n + c, dy * y, part);
+  });
+}
+
+#define MM_BY_ACTIVATION(f, ...)                                                    \
+  switch (activation) {                                                             \
+    case Activation::none: return f<T, Activation::none>(__VA_ARGS__);              \
+    case Activation::relu: return f<T, Activation::relu>(__VA_ARGS__);              \
+    case Activation::gelu: return f<T, Activation::gelu>(__VA_ARGS__);              \
+    case Activation::silu: return f<T, Activation::silu>(__VA_ARGS__);              \
+    case Activation::swiglu: return f<T, Activation::swiglu>(__VA_ARGS__);          \
+  }
+
+template <class T>
+void epilogue(T* out, const T* preact, const Acc<T>* gate, const T* residual, Activation activation, int64_t n) {
+  MM_BY_ACTIVATION(epilogue_of, out, preact, gate, residual, n)
+}
+
+template <class T>
+void epilogue_backward(T* dpreact, Acc<T>* dgate, const T* grad, const T* preact, const Acc<T>* gate,
+                       Activation activation, int64_t n) {
+  MM_BY_ACTIVATION(epilogue_backward_of, dpreact, dgate, grad, preact, gate, n)
+}
+
+// Lanes past the end of a row must not count: a vector of ones up to there.
+template <class T>
+Vec<T> inside(Whole) { return Vec<T>{} + 1; }
+template <class T>
+Vec<T> inside(Part part) {
+  Vec<T> v{};
+  for (int64_t i = 0; i < part.count; ++i) v[i] = 1;
+  return v;
+}
+
+template <class T>
+void moments(const T* x, Acc<T>* mean, Acc<T>* m2, int64_t n) {
+  Vec<T> sum{}, squares{};
+  sweep<T>(n, [&](int64_t c, auto part) { sum += load(x + c, part); });
+  const Acc<T> centre = total(sum) / n;
+  sweep<T>(n, [&](int64_t c, auto part) {
+    const Vec<T> d = (load(x + c, part) - centre) * inside<T>(part);
+    squares += d * d;
+  });
+  *mean = centre;
+  *m2 = total(squares);
+}
+
+template <class T>
+Vec<T> weight_of(const T* weight, int64_t c, auto part) { return weight ? load(weight + c, part) : inside<T>(part); }
+
+template <class T>
+void normalize(T* out, const T* x, Acc<T> mean, Acc<T> rstd, const T* weight, int64_t n) {
+  sweep<T>(n, [&](int64_t c, auto part) {
+    store(out + c, (load(x + c, part) - mean) * rstd * weight_of(weight, c, part), part);
+  });
+}
+
+template <class T>
+void norm_sums(Acc<T>* sums, const T* dy, const T* x, Acc<T> mean, Acc<T> rstd, const T* weight, int64_t n) {
+  Vec<T> a{}, b{};
+  sweep<T>(n, [&](int64_t c, auto part) {
+    const Vec<T> d = load(dy + c, part) * weight_of(weight, c, part);
+    a += d;
+    b += d * ((load(x + c, part) - mean) * rstd);
+  });
+  sums[0] += total(a);
+  sums[1] += total(b);
+}
+
+template <class T>
+void norm_backward(T* dx, const T* x, Acc<T> mean, Acc<T> rstd, const T* weight, Acc<T> a, Acc<T> b, int64_t n) {
+  sweep<T>(n, [&](int64_t c, auto part) {
+    const Vec<T> normed = (load(x + c, part) - mean) * rstd;
+    store(dx + c, rstd * (load(dx + c, part) * weight_of(weight, c, part) - a - normed * b), part);
+  });
+}
+
+template <class T>
+void norm_weights(T* z, Acc<T>* dweight, const T* w, Acc<T> k, Acc<T> c, const T* weight, const T* bias, int64_t n) {
+  sweep<T>(n, [&](int64_t i, auto part) {
+    Vec<T> v = load(z + i, part) + k;
+    if (dweight) store(dweight + i, load(dweight + i, part) + load(w + i, part) * v, part);
+    v *= weight_of(weight, i, part);
+    if (bias) v += c * load(bias + i, part);
+    store(z + i, v, part);
+  });
+}
+
+template <class T>
+constexpr RowKernels<T> kernels = {
+    combine<T>, accumulate<T>, add<T>,       dot<T>,           epilogue<T>,    epilogue_backward<T>,
+    moments<T>, normalize<T>,  norm_sums<T>, norm_backward<T>, norm_weights<T>};
+
+}  // namespace
+
+extern "C" const void* MM_ENTRY(mmfast_rows)(RowType type) {
+  switch (type) {
+    case RowType::f32: return &kernels<float>;
+    case RowType::f64: return &kernels<double>;
+    default: return &kernels<bf16>;
+  }
+}

@@ -1,0 +1,58 @@
+// Kernels on one row, as csrc/cpu/simd/rows.cpp compiles them for each instruction set.
+//
+// Types and pointers only: an inline function here could be kept by the linker in its widest copy, for everyone.
+#pragma once
+
+#include <cstdint>
+
+namespace mmfast {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct wide {
+  using type = float;
+};
+template <>
+struct wide<double> {
+  using type = double;
+};
+
+enum class Activation : int { none, relu, gelu, silu, swiglu };
+enum class RowType : int { f32, f64, bf16 };
+
+// T is what memory holds, A what sums are made in. n counts elements. A null pointer leaves its term out.
+template <class T, class A = typename wide<T>::type>
+struct RowKernels {
+  // out = extra + sum_k scales[k] * terms[k]
+  void (*combine)(T* out, const T* extra, int64_t count, const A* const* terms, const A* scales, int64_t n);
+  // sum += scale * x
+  void (*accumulate)(A* sum, A scale, const T* x, int64_t n);
+  // out += x
+  void (*add)(T* out, const T* x, int64_t n);
+  A (*dot)(const T* x, const A* y, int64_t n);
+  // out = residual + gate * activation(preact); swiglu reads 2 n of preact. out may be preact.
+  void (*epilogue)(T* out, const T* preact, const A* gate, const T* residual, Activation activation, int64_t n);
+  // dpreact = grad * gate * activation'(preact);  dgate += grad * activation(preact)
+  void (*epilogue_backward)(T* dpreact, A* dgate, const T* grad, const T* preact, const A* gate,
+                            Activation activation, int64_t n);
+  // mean and sum of squared deviations from it
+  void (*moments)(const T* x, A* mean, A* m2, int64_t n);
+  // out = (x - mean) * rstd * weight
+  void (*normalize)(T* out, const T* x, A mean, A rstd, const T* weight, int64_t n);
+  // sums[0] += sum dy * weight;  sums[1] += sum dy * weight * (x - mean) * rstd
+  void (*norm_sums)(A* sums, const T* dy, const T* x, A mean, A rstd, const T* weight, int64_t n);
+  // dx = rstd * (dy * weight - a - (x - mean) * rstd * b), dy in dx
+  void (*norm_backward)(T* dx, const T* x, A mean, A rstd, const T* weight, A a, A b, int64_t n);
+  // z += k;  dweight += w * z;  z = z * weight + c * bias: one output's row of the weight gradient under a norm
+  void (*norm_weights)(T* z, A* dweight, const T* w, A k, A c, const T* weight, const T* bias, int64_t n);
+};
+
+}  // namespace mmfast
+
+// The name of a simd file's entry in the copy that is being compiled.
+#define MM_JOIN_(name, isa) name##_##isa
+#define MM_JOIN(name, isa) MM_JOIN_(name, isa)
+#define MM_ENTRY(name) MM_JOIN(name, MMFAST_ISA)

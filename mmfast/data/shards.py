@@ -155,7 +155,7 @@ class ShardWriter:
             index.save()
             self._staging.commit()
         except BaseException:
-            self._abandon()
+            self.abandon()
             raise
         return ShardIndex(self.folder, index.columns)
 
@@ -170,7 +170,7 @@ class ShardWriter:
         if error is None:
             self.close()
         else:
-            self._abandon()
+            self.abandon()
 
     def _append(self, name: str, data: bytes) -> int:
         info = tarfile.TarInfo(name)  # mtime 0, uid 0: equal input gives equal bytes
@@ -202,7 +202,8 @@ class ShardWriter:
                 self._file.close()
         self._file = self._tar = None
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
+        """Give up: leave nothing behind."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()

@@ -1,0 +1,106 @@
+"""What every launcher needs: rows and their strides, block sizes, precision and the device."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfast.ops._backend import measured
+
+Triple = tuple[int, int, int]
+Blocks = dict[str, int]
+
+
+def blocks(m: int, n: int, k: int, num_warps: int, num_stages: int) -> Blocks:
+    """The sizes of a tiled product [M, K] @ [K, N], with Triton's launch options."""
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": num_warps, "num_stages": num_stages}
+
+
+def configuration(
+    op: str, kernel: str, like: Tensor, dtype: torch.dtype, untuned: Mapping[int, Mapping[str, Blocks]]
+) -> dict[str, Any]:
+    """Launch options of a kernel that multiplies tensors of ``like``'s dtype, in an op on ``dtype``.
+
+    They come from the committed table's entry for this device, ``["triton"]["<kernel>.<half|tf32|ieee>"]``,
+    else from the untuned ones of its generation. What ``tl.dot`` does with float32 follows PyTorch's own
+    setting and never Triton's default, which is TF32.
+    """
+    exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    precision = "ieee" if exact else "tf32"
+    key = f"{kernel}.{'half' if like.dtype.itemsize == 2 else precision}"
+    tuned = measured(op, like.device).get("triton", {}).get(key)
+    generation = max((cc for cc in untuned if cc <= capability(like.device)), default=min(untuned))
+    return {"PRECISION": precision, **(tuned or untuned[generation][key])}
+
+
+def capability(device: torch.device) -> int:
+    """The compute capability as one number, 90 for 9.0; the interpreter is given the oldest blocks."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes the tensors' device the current one, which is where Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def lead_of(op: str, inputs: Sequence[Tensor]) -> torch.Size:
+    """The leading dimensions that the inputs ``[..., D_i]`` broadcast to."""
+    lead = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
+    if inputs[0].dtype == torch.float64:
+        raise TypeError(f"{op}: got float64, wanted float32, bfloat16 or float16: Triton adds in float32")
+    if lead.numel() >= 2**31:
+        raise ValueError(
+            f"{op}: got {lead.numel()} rows, wanted fewer than 2**31, as Triton's kernels count them"
+        )
+    return lead
+
+
+def collapse(lead: Sequence[int], tensors: Sequence[Tensor]) -> tuple[Triple, list[Triple]] | None:
+    """The leading dimensions of several tensors as three that they share, and each tensor's strides in them.
+
+    Every tensor broadcasts to ``lead``, its last dimension left aside. Neighbouring dimensions are merged
+    where all tensors allow it: ``[B, T, D]`` beside ``[B, 1, D]`` needs two. None: more than three needed.
+    """
+    expanded = [t.expand(*lead, t.shape[-1]).stride() for t in tensors]
+    merged: list[tuple[int, tuple[int, ...]]] = []  # size, and the step of each tensor
+    for dim, size in enumerate(lead):
+        steps = tuple(stride[dim] for stride in expanded)
+        if size == 1:
+            continue
+        if merged and all(outer == step * size for outer, step in zip(merged[-1][1], steps, strict=True)):
+            merged[-1] = (merged[-1][0] * size, steps)
+        else:
+            merged.append((size, steps))
+    if len(merged) > 3:
+        return None
+    merged = [(1, (0,) * len(tensors))] * (3 - len(merged)) + merged
+    (n0, steps0), (n1, steps1), (n2, steps2) = merged
+    return (n0, n1, n2), list(zip(steps0, steps1, steps2, strict=True))
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor itself where its last dimension is dense, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def walk(lead: torch.Size, tensors: Sequence[Tensor]) -> tuple[Triple, list[Tensor], list[Triple]]:
+    """Sizes, tensors and strides for a kernel: copies where ``dense`` or ``collapse`` cannot do without."""
+    tensors = [dense(t) for t in tensors]
+    found = collapse(lead, tensors)
+    if found is None:
+        tensors = [t.expand(*lead, t.shape[-1]).contiguous() for t in tensors]
+        found = collapse(lead, tensors)
+        assert found is not None  # contiguous rows are one dimension
+    return found[0], tensors, found[1]
+
+
+def presence(present: Tensor | None, rows: int) -> tuple[Tensor | None, int, int]:
+    """``present`` [B, n] for a kernel, with n and the number of rows that share one of its lines."""
+    if present is None:
+        return None, 1, 1
+    return present.contiguous(), present.shape[1], rows // present.shape[0]

@@ -1,0 +1,68 @@
+"""Rows, masks and loads inside a kernel, shared by the kernels that walk several sources."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmfast.kernels._launch import Triple
+
+
+class Source(NamedTuple):
+    """One source as a kernel sees it, and its block of the weight."""
+
+    data: Tensor  # [..., width], the last dimension dense
+    strides: Triple  # of the three collapsed leading dimensions
+    number: int = 0  # its column of `present`
+    width: int = 0
+    weight: Tensor | None = None  # [O, width]
+    column: int = 0  # where the block begins
+    grad: Tensor | None = None  # [rows, width]
+
+
+def columns_of(inputs: Sequence[Tensor]) -> list[slice]:
+    """Each source's columns of the weight."""
+    ends = list(accumulate(x.shape[-1] for x in inputs))
+    return [slice(end - x.shape[-1], end) for end, x in zip(ends, inputs, strict=True)]
+
+
+@triton.jit
+def row_offset(row, n1, n2, strides):
+    """Where a row begins: rows are counted through dimensions (.., n1, n2)."""
+    outer = (row // (n1 * n2)).to(tl.int64) * strides[0]
+    return outer + (row // n2 % n1).to(tl.int64) * strides[1] + (row % n2).to(tl.int64) * strides[2]
+
+
+@triton.jit
+def rows_with(number, row, inside, present, num_sources, per_sample):
+    """Which of these rows have the source."""
+    seen = inside
+    if present is not None:
+        flag = tl.load(
+            present + (row // per_sample).to(tl.int64) * num_sources + number, mask=inside, other=0
+        )
+        seen = inside & (flag != 0)
+    return seen
+
+
+@triton.jit
+def any_of(mask):
+    return tl.max(mask.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def load_tile(pointers, row_mask, column_mask):
+    return tl.load(pointers, mask=row_mask[:, None] & column_mask[None, :], other=0.0)
+
+
+@triton.jit
+def load_row(pointer, k, inside, default):
+    """``pointer[k]`` in float32 as [1, K]; the default where there is no pointer."""
+    if pointer is not None:
+        row = tl.load(pointer + k, mask=inside, other=0.0).to(tl.float32)
+    else:
+        row = tl.full(k.shape, default, tl.float32)
+    return row[None, :]

@@ -1,0 +1,234 @@
+"""Triton kernels of ``concat_linear`` and their launcher; the backward is in ``concat_linear_backward.py``.
+
+One launch walks all sources: for a tile of the output the K loop runs through source after source and adds
+into the same float32 tile, so the concatenation exists nowhere. Three things keep work away from it:
+
+- A *pooled* source, one with fewer rows than the output, is projected at its own few rows by a launch of its
+  own, and the main launch adds the result to its tile. Backwards, its gradient is summed over the rows it was
+  broadcast to before it is multiplied by the weight. Under a norm no source is pooled, because every row's
+  statistics reach into it.
+- A tile none of whose rows has a source skips that source's loop. A row without it is masked off when it is
+  loaded, so nothing that stands in an absent element enters a register.
+- Bias, activation, gate and residual are applied to the tile before it is stored.
+
+All gradients are sums in a fixed order, without atomics: the same bits every time.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmfast.kernels._activations import activate, tanh
+from mmfast.kernels._launch import blocks, configuration, dense, lead_of, on, presence, walk
+from mmfast.kernels._tiles import Source, any_of, columns_of, load_row, load_tile, row_offset, rows_with
+from mmfast.kernels.concat_linear_backward import concat_linear_backward
+
+__all__ = ["concat_linear", "concat_linear_backward"]
+
+# By the oldest compute capability they are for. Nobody has tuned them on a device yet.
+UNTUNED = {
+    80: {
+        "forward.half": blocks(128, 128, 32, num_warps=8, num_stages=4),
+        "forward.tf32": blocks(128, 64, 32, num_warps=8, num_stages=3),
+        "forward.ieee": blocks(64, 64, 16, num_warps=8, num_stages=2),
+        "forward_few_rows.half": blocks(32, 64, 64, num_warps=4, num_stages=4),
+        "forward_few_rows.tf32": blocks(32, 64, 32, num_warps=4, num_stages=3),
+        "forward_few_rows.ieee": blocks(32, 32, 16, num_warps=4, num_stages=2),
+    },
+    90: {
+        "forward.half": blocks(128, 128, 64, num_warps=8, num_stages=4),
+        "forward.tf32": blocks(128, 64, 32, num_warps=8, num_stages=3),
+        "forward.ieee": blocks(64, 64, 16, num_warps=8, num_stages=2),
+        "forward_few_rows.half": blocks(64, 64, 64, num_warps=4, num_stages=4),
+        "forward_few_rows.tf32": blocks(64, 64, 32, num_warps=4, num_stages=3),
+        "forward_few_rows.ieee": blocks(32, 32, 16, num_warps=4, num_stages=2),
+    },
+}
+
+
+@triton.jit
+def statistics_kernel(
+    mean, rstd, sources, present, num_sources, eps, total, rows, n1, n2, per_sample,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Mean and 1 / standard deviation of every row of the concatenation; the variance around the mean."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < rows
+    k = tl.arange(0, BLOCK_K)
+    m = tl.zeros([BLOCK_M], tl.float32)
+    for i in tl.static_range(len(sources)):
+        source = sources[i]
+        seen = rows_with(source.number, row, inside, present, num_sources, per_sample)
+        x = source.data + row_offset(row, n1, n2, source.strides)[:, None]
+        for k0 in range(0, tl.where(any_of(seen), source.width, 0), BLOCK_K):
+            m += tl.sum(load_tile(x + (k0 + k)[None, :], seen, k0 + k < source.width).to(tl.float32), 1)
+    m = m / total
+    square = tl.zeros([BLOCK_M], tl.float32)
+    for i in tl.static_range(len(sources)):
+        source = sources[i]
+        seen = rows_with(source.number, row, inside, present, num_sources, per_sample)
+        x = source.data + row_offset(row, n1, n2, source.strides)[:, None]
+        for k0 in range(0, source.width, BLOCK_K):  # an absent source's zeros are m away from the mean
+            tile = load_tile(x + (k0 + k)[None, :], seen, k0 + k < source.width).to(tl.float32) - m[:, None]
+            square += tl.sum(tl.where((k0 + k < source.width)[None, :], tile * tile, 0.0), 1)
+    tl.store(mean + row, m, mask=inside)
+    tl.store(rstd + row, 1 / tl.sqrt(square / total + eps), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "per_sample"])
+def forward_kernel(
+    out, preact, sources, pooled, weight_stride, bias, present, num_sources,
+    mean, rstd, norm_weight, norm_bias, residual, gate, gate_stride,
+    rows, n1, n2, per_sample, width,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of ``residual + tanh(gate) * activation(norm(cat(sources)) @ weight.T + bias)``."""
+    SWIGLU: tl.constexpr = ACTIVATION == "swiglu"
+    tile = tl.program_id(0)
+    tiles = tl.cdiv(width, BLOCK_N)  # neighbours share their rows of the sources
+    row = tile // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside, kept = row < rows, column < width
+    k = tl.arange(0, BLOCK_K)
+    if mean is not None:
+        m = tl.load(mean + row, mask=inside, other=0.0)[:, None]
+        r = tl.load(rstd + row, mask=inside, other=0.0)[:, None]
+
+    a = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    b = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # swiglu's second half
+    for i in tl.static_range(len(sources)):
+        source = sources[i]
+        seen = rows_with(source.number, row, inside, present, num_sources, per_sample)
+        x = source.data + row_offset(row, n1, n2, source.strides)[:, None]
+        w = source.weight + column.to(tl.int64)[None, :] * weight_stride
+        w2 = source.weight + (width + column).to(tl.int64)[None, :] * weight_stride
+        end = source.width
+        if mean is None:
+            end = tl.where(any_of(seen), end, 0)
+        for k0 in range(0, end, BLOCK_K):
+            left = k0 + k < source.width
+            tile_x = load_tile(x + (k0 + k)[None, :], seen, left)  # [M, K]
+            if mean is not None:
+                scale = load_row(norm_weight, source.column + k0 + k, left, 1.0)
+                shift = load_row(norm_bias, source.column + k0 + k, left, 0.0)
+                tile_x = ((tile_x.to(tl.float32) - m) * r * scale + shift).to(source.data.dtype.element_ty)
+            tile_w = load_tile(w + (k0 + k)[:, None], left, kept)  # [K, N]
+            a = tl.dot(tile_x, tile_w, a, input_precision=PRECISION)
+            if SWIGLU:
+                tile_w = load_tile(w2 + (k0 + k)[:, None], left, kept)
+                b = tl.dot(tile_x, tile_w, b, input_precision=PRECISION)
+
+    for i in tl.static_range(len(pooled)):
+        source = pooled[i]
+        seen = rows_with(source.number, row, inside, present, num_sources, per_sample)
+        part = source.data + row_offset(row, n1, n2, source.strides)[:, None] + column[None, :]
+        a += load_tile(part, seen, kept)
+        if SWIGLU:
+            b += load_tile(part + width, seen, kept)
+    a += load_row(bias, column, kept, 0.0)
+    if SWIGLU:
+        b += load_row(bias, width + column, kept, 0.0)
+    at = row.to(tl.int64)[:, None] * width + column[None, :]
+    both = inside[:, None] & kept[None, :]
+    if preact is not None:
+        if SWIGLU:
+            at2 = at + row.to(tl.int64)[:, None] * width
+            tl.store(preact + at2, a, mask=both)
+            tl.store(preact + at2 + width, b, mask=both)
+        else:
+            tl.store(preact + at, a, mask=both)
+    if SWIGLU:
+        y = activate(a, "silu") * b
+    else:
+        y = activate(a, ACTIVATION)
+    if gate is not None:
+        y *= tanh(load_row(gate, column * gate_stride, kept, 0.0))
+    if residual is not None:
+        start = row_offset(row, n1, n2, residual.strides)
+        y += load_tile(residual.data + start[:, None] + column[None, :], inside, kept).to(tl.float32)
+    tl.store(out + at, y, mask=both)
+
+
+def _run(
+    out: Tensor, preact: Tensor | None, sources: Sequence[Source], pooled: Sequence[Source], weight: Tensor,
+    bias: Tensor | None, flags: tuple[Tensor | None, int, int], norm: tuple[Tensor | None, ...],
+    residual: Source | None, gate: Tensor | None, sizes: tuple[int, int, int], activation: str,
+) -> None:  # fmt: skip
+    """Launches ``forward_kernel`` on rows counted through ``sizes``."""
+    rows, width = sizes[0] * sizes[1] * sizes[2], out.shape[-1]
+    present, num_sources, per_sample = flags
+    name = "forward_few_rows" if rows <= 256 else "forward"
+    options = configuration("concat_linear", name, weight, weight.dtype, UNTUNED)
+    if activation == "swiglu":
+        options["BLOCK_N"] //= 2  # two tiles of the output live at once
+    grid = (triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(width, options["BLOCK_N"]),)
+    gate_step = 0 if gate is None or len(gate) == 1 else 1
+    forward_kernel[grid](
+        out, preact, tuple(sources), tuple(pooled), weight.stride(0), bias, present, num_sources, *norm,
+        residual, gate, gate_step, rows, sizes[1], sizes[2], per_sample, width,
+        ACTIVATION=activation, **options,
+    )  # fmt: skip
+
+
+def _project(x: Tensor, weight: Tensor) -> Tensor:
+    """A pooled source ``[..., D]`` times its block of the weight ``[O, D]``, in float32."""
+    out = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=torch.float32)
+    sizes, (x,), (strides,) = walk(x.shape[:-1], [x])
+    source = Source(x, strides, 0, x.shape[-1], weight)
+    _run(out, None, [source], [], weight, None, (None, 1, 1), (None,) * 4, None, None, sizes, "none")
+    return out
+
+
+def concat_linear(
+    inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, present: Tensor | None,
+    norm_eps: float | None, norm_weight: Tensor | None, norm_bias: Tensor | None, activation: str,
+    residual: Tensor | None, gate: Tensor | None, save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launches the forward; arguments and results are those of ``torch.ops.mmfast.concat_linear``.
+
+    Copied first: a tensor whose last dimension is not dense, and all of them where their leading dimensions
+    cannot be walked as three (neighbours that every tensor steps through alike count as one).
+    """
+    lead = lead_of("concat_linear", inputs)
+    rows, height = lead.numel(), weight.shape[0]
+    width = height // 2 if activation == "swiglu" else height
+    keep = save and (activation != "none" or gate is not None)
+    out = weight.new_empty(*lead, width)
+    preact = weight.new_empty((*lead, height) if keep else 0)
+    mean, rstd = (weight.new_empty(0 if norm_eps is None else lead, dtype=torch.float32) for _ in range(2))
+    if out.numel() == 0:
+        return out, preact, mean, rstd
+
+    weight, columns = dense(weight), columns_of(inputs)
+    flags = presence(present, rows)
+    with on(weight.device):
+        full: list[int] = []
+        few: list[int] = []
+        for i, x in enumerate(inputs):
+            pooled = norm_eps is None and x.shape[:-1].numel() < rows
+            (few if pooled else full).append(i)
+        parts = [_project(inputs[i], weight[:, columns[i]]) for i in few]  # [..., O]
+        added = [] if residual is None else [residual.expand(*residual.shape[:-1], width)]
+        sizes, tensors, strides = walk(lead, [*(inputs[i] for i in full), *parts, *added])
+        rows_of = list(zip(tensors, strides, strict=True))
+        sources = [
+            Source(*rows_of[at], i, inputs[i].shape[-1], weight[:, columns[i]], columns[i].start)
+            for at, i in enumerate(full)
+        ]
+        pooled_sources = [Source(*rows_of[at], i) for at, i in enumerate(few, len(full))]
+        norm: tuple[Tensor | None, ...] = (None,) * 4
+        if norm_eps is not None:
+            norm = mean, rstd, norm_weight, norm_bias
+            statistics_kernel[(triton.cdiv(rows, 16),)](
+                mean, rstd, tuple(sources), flags[0], flags[1], norm_eps, weight.shape[1], rows, *sizes[1:],
+                flags[2], BLOCK_M=16, BLOCK_K=128,
+            )  # fmt: skip
+        _run(
+            out, preact if keep else None, sources, pooled_sources, weight, bias, flags, norm,
+            Source(*rows_of[-1]) if added else None, gate, sizes, activation,
+        )  # fmt: skip
+    return out, preact, mean, rstd

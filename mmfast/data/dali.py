@@ -16,7 +16,7 @@ from nvidia.dali.math import log
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 
-from mmfast.data.decode import AudioFile, ImageFile, UndecodableError
+from mmfast.data.decode import AudioFile, ImageFile, UndecodableError, WaveTrimmer
 from mmfast.data.modality import Audio, Image
 
 
@@ -122,44 +122,36 @@ class DaliImages:
 
 
 class DaliAudio:
-    """wav, flac, ogg -> mono at the modality's rate -> log-mel."""
+    """wav, flac, ogg -> mono -> the modality's rate -> log-mel.
+
+    DALI decodes and makes the spectrograms; in between torchaudio resamples, because DALI's resampling has no
+    low-pass: taken down from 48 to 16 kHz, everything between 8 and 24 kHz is folded into what remains.
+    """
 
     def __init__(self, modality: Audio, batch: int, device: torch.device, threads: int) -> None:
         """``batch`` is the most files a call may have."""
         gpu = device.type == "cuda"
-        window = torch.hann_window(modality.n_fft).tolist()
-        self._least = least = modality.n_fft // 2 + 1  # what reflection at the ends needs
-
-        @pipeline_def(
-            batch_size=batch,
-            num_threads=threads,
-            device_id=device.index if gpu else None,
-            prefetch_queue_depth=1,
+        settings: dict[str, Any] = {"batch_size": batch, "num_threads": threads, "prefetch_queue_depth": 1}
+        on_cpu, on_device = (
+            {**settings, "device_id": None},
+            {**settings, "device_id": device.index if gpu else None},
         )
-        def pipeline() -> Any:
+
+        @pipeline_def(**on_cpu)
+        def decode() -> Any:
             file = fn.external_source(name="file", dtype=types.UINT8, ndim=1)
-            wave, _ = fn.decoders.audio(
-                file, sample_rate=modality.sample_rate, downmix=True, dtype=types.FLOAT
-            )
-            wave = fn.slice(
-                wave,
-                0,
-                modality.max_samples,
-                axes=[0],
-                normalized_anchor=False,
-                normalized_shape=False,
-                out_of_bounds_policy="trim_to_shape",
-            )
-            samples = wave.shape()
-            wave = fn.pad(wave, axes=[0], shape=[least])
-            if gpu:
-                wave = wave.gpu()
+            wave, rate = fn.decoders.audio(file, downmix=True, dtype=types.FLOAT)
+            return wave, rate
+
+        @pipeline_def(**on_device)
+        def spectrum() -> Any:
+            wave = fn.external_source(name="wave", dtype=types.FLOAT, ndim=1)
             power = fn.spectrogram(
-                wave,
+                wave.gpu() if gpu else wave,
                 nfft=modality.n_fft,
                 window_length=modality.n_fft,
                 window_step=modality.hop,
-                window_fn=window,
+                window_fn=torch.hann_window(modality.n_fft).tolist(),
             )
             mel = fn.mel_filter_bank(
                 power,
@@ -169,20 +161,25 @@ class DaliAudio:
                 mel_formula="htk",
                 normalize=False,
             )
-            return fn.pad(log(mel + modality.floor), axes=[1], shape=[modality.frames]), samples
+            return fn.pad(log(mel + modality.floor), axes=[1], shape=[modality.frames])
 
         self.device = device
-        self._modality = modality
-        self._pipeline = _Pipeline(pipeline, device)
+        self._trim = WaveTrimmer(modality)
+        self._decode = _Pipeline(decode, torch.device("cpu"))
+        self._spectrum = _Pipeline(spectrum, device)
+        self._hop = modality.hop
 
     def __call__(self, files: Sequence[AudioFile]) -> tuple[Tensor, Tensor]:
         """Log-mels [n, n_mels, frames] and valid frames [n]."""
-        spectra, samples = self._pipeline.run(file=_files(files))
-        counts = torch.from_numpy(np.asarray(samples.as_tensor())[:, 0].astype(np.int64))
-        if not counts.all():
-            raise UndecodableError("no samples")
-        return self._pipeline.tensor(spectra), counts.clamp(min=self._least) // self._modality.hop + 1
+        decoded, rates = self._decode.run(file=_files(files))
+        waves = [
+            self._trim(torch.from_numpy(np.asarray(decoded[i])), int(rates.at(i))) for i in range(len(files))
+        ]
+        (spectra,) = self._spectrum.run(wave=[wave.numpy() for wave in waves])
+        steps = torch.tensor([len(wave) // self._hop + 1 for wave in waves])
+        return self._spectrum.tensor(spectra), steps
 
     def close(self) -> None:
         """Let go of DALI's threads."""
-        self._pipeline.close()
+        self._decode.close()
+        self._spectrum.close()

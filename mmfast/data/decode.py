@@ -4,7 +4,9 @@ The checks find what decoders pass over in silence: a JPEG, an Ogg or a WAV that
 something in all of them.
 """
 
+import functools
 import io
+import math
 import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,7 @@ import torch
 from PIL import Image as PilImage
 from torch import Tensor
 
-from mmfast.data.modality import Audio, Image
+from mmfast.data.modality import RATE_STEP, Audio, Image
 
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
@@ -94,7 +96,7 @@ def _check_jpeg(data: bytes) -> tuple[int, int]:
 def _check_png(data: bytes) -> tuple[int, int]:
     if data.rfind(PNG_END) < 0:
         raise UndecodableError("PNG cut short: no end marker")
-    width, height = struct.unpack(">II", data[16:24])
+    width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
     if data[12:16] != b"IHDR" or min(width, height) == 0:
         raise UndecodableError("broken PNG header")
     exif = data.find(b"eXIf", 33, data.find(b"IDAT"))
@@ -205,6 +207,33 @@ def decode_pixels(data: bytes) -> Tensor:
         raise UndecodableError(f"does not decode: {str(error).splitlines()[0]}") from error
 
 
+class WaveTrimmer:
+    """Brings a decoded mono wave to the modality's rate and length; the same for every decoder."""
+
+    def __init__(self, modality: Audio) -> None:
+        """``modality`` gives the rate and the most samples kept."""
+        self._modality = modality
+        self._least = modality.n_fft // 2 + 1  # what the reflection at the ends needs
+        self._resampler = functools.lru_cache(16)(self._make_resampler)
+
+    def __call__(self, wave: Tensor, rate: int) -> Tensor:
+        """Wave [n] at ``rate`` -> wave at the modality's rate, ``UndecodableError`` where n is 0."""
+        if not len(wave):
+            raise UndecodableError("no samples")
+        wanted, kept = self._modality.sample_rate, self._modality.max_samples
+        if rate != wanted:
+            beyond = wanted // 20  # more than the filter reaches: the cut leaves no trace
+            wave = self._resampler(rate)(wave[: math.ceil((kept + beyond) * rate / wanted)])
+        return torch.nn.functional.pad(wave[:kept], (0, max(0, self._least - len(wave))))
+
+    def _make_resampler(self, rate: int) -> torch.nn.Module:
+        from torchaudio.transforms import Resample
+
+        # The filter's size is the product of both rates over their common divisor squared: an odd rate would
+        # need gigabytes, and is taken as its neighbour instead.
+        return Resample(RATE_STEP * max(1, round(rate / RATE_STEP)), self._modality.sample_rate)
+
+
 class TorchAudio:
     """Sounds by soundfile and torchaudio, on a few threads."""
 
@@ -215,8 +244,9 @@ class TorchAudio:
         from torchaudio.transforms import MelSpectrogram
 
         self._modality = modality
+        self._trim = WaveTrimmer(modality)
         self._mel = MelSpectrogram(
-            modality.sample_rate, modality.n_fft, modality.n_fft, modality.hop, n_mels=modality.n_mels
+            modality.sample_rate, modality.n_fft, hop_length=modality.hop, n_mels=modality.n_mels
         )
         self._pool = ThreadPoolExecutor(threads, "mmfast-audio")
 
@@ -234,26 +264,22 @@ class TorchAudio:
         self._pool.shutdown(cancel_futures=True)
 
     def _decode(self, file: AudioFile) -> Tensor:
-        wave = self._wave(file.data)[: self._modality.max_samples]
-        short = self._modality.n_fft // 2 + 1 - len(wave)  # what reflection at the ends needs
-        wave = torch.nn.functional.pad(wave, (0, max(0, short)))
-        return torch.log(self._mel(wave) + self._modality.floor)
+        return torch.log(self._mel(self._trim(*decode_wave(file.data))) + self._modality.floor)
 
-    def _wave(self, data: bytes) -> Tensor:
-        import soundfile
-        from torchaudio.functional import resample
 
-        try:
-            with soundfile.SoundFile(io.BytesIO(data)) as file:
-                rate, wanted = file.samplerate, file.frames
-                samples = file.read(dtype="float32", always_2d=True)  # [N, channels]
-        except RuntimeError as error:
-            raise UndecodableError(f"does not decode: {error}") from error
-        if len(samples) < wanted:
-            raise UndecodableError(f"does not decode: {len(samples)} of {wanted} samples")
-        if not len(samples):
-            raise UndecodableError("no samples")
-        return resample(torch.from_numpy(samples.mean(axis=1)), rate, self._modality.sample_rate)
+def decode_wave(data: bytes) -> tuple[Tensor, int]:
+    """Samples mixed to mono, float32 [n], and their rate."""
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            rate, wanted = file.samplerate, file.frames
+            samples = file.read(dtype="float32", always_2d=True)  # [n, channels]
+    except RuntimeError as error:
+        raise UndecodableError(f"does not decode: {error}") from error
+    if len(samples) < wanted:
+        raise UndecodableError(f"does not decode: {len(samples)} of {wanted} samples")
+    return torch.from_numpy(samples.mean(axis=1)), rate
 
 
 def decode_rows(

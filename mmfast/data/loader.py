@@ -234,7 +234,7 @@ def choose_decoder(config: DataConfig) -> str:
 
 def choose_device(config: DataConfig) -> torch.device:
     """Where decoded batches are born."""
-    usable = torch.cuda.is_available() and choose_decoder(config) == "dali"
+    usable = choose_decoder(config) == "dali" and torch.cuda.is_available()
     if config.device == "gpu" and not usable:
         why = "no CUDA device is there" if not torch.cuda.is_available() else "only DALI decodes on the GPU"
         raise UserError(f"data.device: got 'gpu', but {why}; wanted 'cpu' or 'auto'")

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from mmfast.errors import UserError
 
+RATE_STEP = 25  # Hz; all usual sample rates are multiples of it
+
 
 @dataclass(frozen=True, kw_only=True)
 class Modality:
@@ -118,6 +120,8 @@ class Audio(Modality):
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         _positive(self, "sample_rate", "n_fft", "hop", "n_mels", "max_seconds", "floor")
+        if self.sample_rate % RATE_STEP:
+            raise UserError(f"Audio.sample_rate: got {self.sample_rate}, wanted a multiple of {RATE_STEP}")
         if self.max_samples <= self.n_fft // 2:
             raise UserError(f"Audio.max_seconds: got {self.max_seconds}, wanted more than half a window")
 

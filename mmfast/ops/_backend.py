@@ -1,7 +1,7 @@
 """Which backend runs an op: the one that is forced, or the one that the committed table names.
 
-An op has one schema and one *overload per backend*, ``torch.ops.mmfast.<op>.<backend>``, so that two kernels for
-one device never compete for one dispatch key. ``reference`` has no overload: it is plain PyTorch.
+An op has one schema and one *overload per backend*, ``torch.ops.mmfast.<op>.<backend>``, so that two kernels
+for one device never compete for one dispatch key. ``reference`` has no overload: it is plain PyTorch.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mmfast import _native
 
@@ -27,26 +28,46 @@ LIB = torch.library.Library("mmfast", "FRAGMENT")  # module level: dropping it d
 TABLE: dict[str, dict[str, dict[str, Any]]] = json.loads(Path(__file__).with_name("table.json").read_text())
 
 _forced: str | None = None
-_triton_calls: Counter[str] = Counter()
+_launches: Counter[str] = Counter()
 
 
 def define(op: str, name: str, schema: str, fake: Callable[..., Any]) -> dict[str, Any]:
     """Defines ``mmfast::<name>`` once per backend and returns the overloads by backend.
 
-    C++ implements ``<name>.cpu`` and ``<name>.cuda`` under those names, in either load order. ``<name>.triton``
-    is the function ``<name>`` of ``mmfast.kernels.<op>``, imported when it is first called.
+    C++ implements ``<name>.cpu`` (and ``<name>.cuda``) under those names, in either load order.
+    ``<name>.triton`` is the function ``<name>`` of ``mmfast.kernels.<op>``, and ``<name>.cuda`` that of
+    ``mmfast.kernels.<op>_cuda`` where Python launches the CUDA kernels. Both are imported when first called.
     """
     for backend in NATIVE:
         LIB.define(f"{name}.{backend}{schema}")
         torch.library.register_fake(f"mmfast::{name}.{backend}", fake, lib=LIB)
-
-    def launch(*args: Any) -> Any:
-        _triton_calls[f"{name}.triton"] += 1
-        return getattr(importlib.import_module(f"mmfast.kernels.{op}"), name)(*args)
-
-    for key in ("CUDA", "CPU"):  # on the CPU for Triton's interpreter
-        LIB.impl(f"{name}.triton", launch, key)
+    # Triton kernels are registered for CPU tensors too: its interpreter runs on them.
+    for backend, module, keys in (("triton", op, ("CUDA", "CPU")), ("cuda", f"{op}_cuda", ("CUDA",))):
+        if importlib.util.find_spec(f"mmfast.kernels.{module}"):
+            for key in keys:
+                LIB.impl(f"{name}.{backend}", _launcher(f"mmfast.kernels.{module}", name, backend), key)
     return {backend: getattr(getattr(torch.ops.mmfast, name), backend) for backend in NATIVE}
+
+
+def _launcher(module: str, name: str, backend: str) -> Callable[..., Any]:
+    def launch(*args: Any) -> Any:
+        _launches[f"{name}.{backend}"] += 1
+        return getattr(importlib.import_module(module), name)(*args)
+
+    return launch
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors as autocast wants them: floating ones but float64 in its dtype, where it is on."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+
+    return tuple(cast(t) for t in tensors)
 
 
 @contextlib.contextmanager
@@ -54,7 +75,7 @@ def backend(name: str) -> Iterator[None]:
     """Forces every op in the process onto one backend: ``cpu``, ``triton``, ``cuda`` or ``reference``.
 
     Raises:
-        ValueError: for an unknown name here, and in the op where that backend cannot run; there is no fallback.
+        ValueError: for an unknown name; the op raises it where the backend cannot run. There is no fallback.
     """
     global _forced
     if name not in BACKENDS:
@@ -91,21 +112,22 @@ def measured(op: str, device: torch.device) -> dict[str, Any]:
 
 def native_calls(name: str) -> int:
     """How often a kernel was entered in this process, ``name`` being ``"<op>.<backend>"``."""
-    return _triton_calls[name] if name.endswith(".triton") else _native.calls(name)
+    return _launches[name] + _native.calls(name)
 
 
-@torch.compiler.assume_constant_result  # a graph is compiled for one backend; the table does not change
+# A graph is compiled for one backend, and the table does not change while a process runs.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _automatic(op: str, device_type: str, index: int | None) -> str:
     return _from_table(op, device_type, index)
 
 
 @functools.cache
 def _from_table(op: str, device_type: str, index: int | None) -> str:
-    name: str = measured(op, torch.device(device_type, index)).get("backend", "reference")
+    name: str = measured(op, torch.device(device_type, index or 0)).get("backend", "reference")
     return name if _state(op, device_type, name) == READY else "reference"
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _require(op: str, device_type: str, name: str) -> None:
     state = _state(op, device_type, name)
     if state != READY:

@@ -1,16 +1,20 @@
 """``concat_linear``: a linear layer over a concatenation that is never made."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mmfast.ops import reference
-from mmfast.ops._backend import choose, define
+from mmfast.ops._backend import autocast, choose, define
 
 ACTIVATIONS = ("none", "relu", "gelu", "silu", "swiglu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def concat_linear(
-    inputs: list[Tensor] | tuple[Tensor, ...],
+    inputs: Sequence[Tensor],
     weight: Tensor,
     bias: Tensor | None = None,
     *,
@@ -24,144 +28,243 @@ def concat_linear(
 ) -> Tensor:
     """``residual + tanh(gate) * activation(norm(cat(inputs)) @ weight.T + bias)``, without the ``cat``.
 
-    Each source is projected at its own size by its own columns of ``weight``, and a source that is broadcast, such
-    as one pooled vector per sample, is broadcast after its projection.
+    Each source is projected at its own size by its own columns of ``weight``; one that is broadcast, such as
+    a pooled vector per sample, is broadcast after its projection.
 
     Args:
         inputs: n sources ``[..., D_i]``; the leading dimensions broadcast as PyTorch broadcasts.
         weight: ``[O, sum D_i]``, as in ``nn.Linear``; ``[2 O, sum D_i]`` for swiglu.
         bias: ``[O]``, ``[2 O]`` for swiglu.
-        present: bool ``[B, n]``, B being the first leading dimension. An absent source counts as zeros, in the
-            norm's statistics too, and what its elements hold reaches no bit of the output or of a gradient.
+        present: bool ``[B, n]``, B being the first leading dimension. An absent source counts as zeros, in
+            the norm's statistics too; what its elements hold reaches no bit of the output or of a gradient.
         norm_eps: if given, a LayerNorm over the concatenation comes first.
         norm_weight: ``[sum D_i]``, 1 when None.
         norm_bias: ``[sum D_i]``, 0 when None.
-        activation: ``none``, ``relu``, ``gelu`` (erf), ``silu``, or ``swiglu``: ``silu(first half) * second half``.
+        activation: ``none``, ``relu``, ``gelu`` (erf), ``silu``, or ``swiglu``, which is
+            ``silu(first half) * second half``.
         residual: ``[..., O]``, broadcast to the output.
-        gate: ``[1]`` or ``[O]``; 1 instead of ``tanh(gate)`` when None.
+        gate: ``[1]`` or ``[O]``; None stands for a factor of 1.
 
     Returns:
-        ``[..., O]`` in the dtype of the inputs: float32, bfloat16 or float16, float64 on the CPU. Sums are made in
-        float32 or better; float16 on the CPU goes through float32 copies. A source whose last dimension is not
-        dense is copied first, and so is one whose rows cannot be walked in runs of 32 or more at a fixed stride.
+        ``[..., O]`` in the dtype of the inputs: float32, bfloat16, float16, and float64 on the CPU. Sums are
+        made in float32 or better. Under autocast every floating argument but float64 is cast.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit, or ``activation`` is unknown.
         TypeError: ``inputs`` is not a list or tuple of tensors.
+        ValueError: a shape, dtype, device or ``activation`` does not fit, or the forced backend cannot run.
+
+    On the CPU, copies are made of a tensor whose last dimension is not dense; of a source's rows, at most 1024
+    at a time in the forward pass, when a norm comes first or when they lie in runs of fewer than 32 at one
+    stride; and of everything in float16, as float32.
     """
-    inputs, weight, bias, norm_weight, norm_bias, residual, gate = _autocast(
-        inputs, weight, bias, norm_weight, norm_bias, residual, gate
+    _require_tensors(inputs)
+    weight, bias, norm_weight, norm_bias, residual, gate, *inputs = autocast(
+        weight, bias, norm_weight, norm_bias, residual, gate, *inputs
     )
-    _check(inputs, weight, bias, present, norm_eps, norm_weight, norm_bias, activation, residual, gate)
-    name = choose("concat_linear", weight.device)
-    if name == "reference":
+    tensors = (weight, bias, norm_weight, norm_bias, residual, gate, *inputs)
+    _check(activation, norm_eps, present, *tensors)
+    backend = choose("concat_linear", weight.device)
+    if backend == "reference":
         return reference.concat_linear(
-            inputs, weight, bias, present=present, norm_eps=norm_eps, norm_weight=norm_weight,
-            norm_bias=norm_bias, activation=activation, residual=residual, gate=gate,
-        )  # fmt: skip
-    floats = (weight, bias, norm_weight, norm_bias, residual, gate, *inputs)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floats):
-        out: Tensor = _ConcatLinear.apply(name, present, norm_eps, activation, *floats)
+            inputs,
+            weight,
+            bias,
+            present=present,
+            norm_eps=norm_eps,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            activation=activation,
+            residual=residual,
+            gate=gate,
+        )
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        out: Tensor = _ConcatLinear.apply(backend, norm_eps, activation, present, *tensors)
         return out
-    return _FORWARD[name](
+    out, _, _, _ = _FORWARD[backend](
         inputs, weight, bias, present, norm_eps, norm_weight, norm_bias, activation, residual, gate, False
-    )[0]
+    )
+    return out
 
 
 class _ConcatLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
-        name,
-        present,
-        norm_eps,
-        activation,
-        weight,
-        bias,
-        norm_weight,
-        norm_bias,
-        residual,
-        gate,
-        *inputs,
-    ):  # type: ignore  # noqa: E501
-        out, preact, mean, rstd = _FORWARD[name](
+        ctx: Any, backend: str, norm_eps: float | None, activation: str, present: Tensor | None, *tensors: Any
+    ) -> Tensor:
+        weight, bias, norm_weight, norm_bias, residual, gate, *inputs = tensors
+        out, preact, mean, rstd = _FORWARD[backend](
             inputs, weight, bias, present, norm_eps, norm_weight, norm_bias, activation, residual, gate, True
         )
-        ctx.options = name, norm_eps, activation
-        ctx.residual_shape = None if residual is None else residual.shape
-        ctx.save_for_backward(weight, present, norm_weight, norm_bias, gate, preact, mean, rstd, *inputs)
+        ctx.options = backend, norm_eps, activation, None if residual is None else residual.shape
+        ctx.save_for_backward(present, weight, norm_weight, norm_bias, gate, preact, mean, rstd, *inputs)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):  # type: ignore
-        name, norm_eps, activation = ctx.options
-        weight, present, norm_weight, norm_bias, gate, preact, mean, rstd, *inputs = ctx.saved_tensors
-        _, _, _, _, weight_, bias_, norm_weight_, norm_bias_, residual_, gate_, *inputs_ = (
-            ctx.needs_input_grad
-        )
-        needs = [*inputs_, weight_, bias_, norm_weight_, norm_bias_, gate_]
-        grads = _BACKWARD[name](
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        backend, norm_eps, activation, residual_shape = ctx.options
+        present, weight, norm_weight, norm_bias, gate, preact, mean, rstd, *inputs = ctx.saved_tensors
+        need_weight, need_bias, *need_norm, need_residual, need_gate = ctx.needs_input_grad[4:10]
+        needs = [*ctx.needs_input_grad[10:], need_weight, need_bias, *need_norm, need_gate]
+        grads = _BACKWARD[backend](
             grad, inputs, weight, present, norm_eps, norm_weight, norm_bias, activation, gate,
             preact, mean, rstd, needs,
         )  # fmt: skip
-        *dinputs, dweight, dbias, dnorm_weight, dnorm_bias, dgate = [
+        *d_inputs, d_weight, d_bias, d_norm_weight, d_norm_bias, d_gate = [
             g if needed else None for g, needed in zip(grads, needs, strict=True)
         ]
-        dresidual = grad.sum_to_size(ctx.residual_shape) if residual_ else None
-        return None, None, None, None, dweight, dbias, dnorm_weight, dnorm_bias, dresidual, dgate, *dinputs
+        d_residual = grad.sum_to_size(residual_shape) if need_residual else None
+        return (
+            None, None, None, None,
+            d_weight, d_bias, d_norm_weight, d_norm_bias, d_residual, d_gate, *d_inputs,
+        )  # fmt: skip
 
 
-def _autocast(inputs, *tensors):  # type: ignore
-    device = inputs[0].device.type if inputs else "cpu"
-    if not torch.is_autocast_enabled(device):
-        return inputs, *tensors
-    dtype = torch.get_autocast_dtype(device)
+def _require_tensors(inputs: Any) -> None:
+    if not isinstance(inputs, list | tuple):
+        raise TypeError(
+            f"concat_linear: inputs is a {type(inputs).__name__}, wanted a list or tuple of tensors"
+        )
+    for i, x in enumerate(inputs):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"concat_linear: inputs[{i}] is a {type(x).__name__}, wanted a tensor")
+    if not inputs:
+        raise _wrong("inputs", "empty", "at least one tensor")
 
-    def cast(t: Tensor | None) -> Tensor | None:
-        return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
 
-    return [cast(x) for x in inputs], *[cast(t) for t in tensors]
+def _wrong(name: str, got: object, wanted: str) -> ValueError:
+    got = list(got) if isinstance(got, torch.Size) else got
+    return ValueError(f"concat_linear: {name} is {got}, wanted {wanted}")
 
 
-def _check(inputs, weight, bias, present, norm_eps, norm_weight, norm_bias, activation, residual, gate):  # type: ignore
-    pass
+def _check(
+    activation: str,
+    norm_eps: float | None,
+    present: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    *inputs: Tensor,
+) -> None:
+    if activation not in ACTIVATIONS:
+        raise _wrong("activation", repr(activation), "one of " + ", ".join(ACTIVATIONS))
+    dtype, device = weight.dtype, weight.device
+    if dtype not in DTYPES:
+        raise _wrong("weight's dtype", dtype, "float32, bfloat16, float16 or float64")
+    named = [(f"inputs[{i}]", x) for i, x in enumerate(inputs)]
+    named += [
+        (name, t)
+        for name, t in (
+            ("bias", bias),
+            ("norm_weight", norm_weight),
+            ("norm_bias", norm_bias),
+            ("residual", residual),
+            ("gate", gate),
+        )
+        if t is not None
+    ]
+    for name, t in named:
+        if t.dtype != dtype or t.device != device:
+            raise _wrong(name, f"{t.dtype} on {t.device}", f"weight's {dtype} on {device}")
+        if t.dim() == 0:
+            raise _wrong(name, "a scalar", "at least one dimension")
+
+    if weight.dim() != 2:
+        raise _wrong("weight", weight.shape, "[O, sum of the inputs' last dimensions]")
+    width, depth = weight.shape
+    depths = [x.shape[-1] for x in inputs]
+    if depth != sum(depths):
+        parts = " + ".join(map(str, depths))
+        raise _wrong("weight", weight.shape, f"{sum(depths)} columns, the inputs' features being {parts}")
+    if activation == "swiglu" and width % 2:
+        raise _wrong("weight", weight.shape, "an even number of rows for swiglu: two halves")
+    out = width // 2 if activation == "swiglu" else width
+    if norm_eps is None and not (norm_weight is None and norm_bias is None):
+        raise _wrong("norm_eps", None, "a number, since norm_weight or norm_bias is given")
+    if bias is not None and bias.shape != (width,):
+        raise _wrong("bias", bias.shape, f"[{width}]")
+    if norm_weight is not None and norm_weight.shape != (depth,):
+        raise _wrong("norm_weight", norm_weight.shape, f"[{depth}]")
+    if norm_bias is not None and norm_bias.shape != (depth,):
+        raise _wrong("norm_bias", norm_bias.shape, f"[{depth}]")
+    if gate is not None and gate.shape != (1,) and gate.shape != (out,):
+        raise _wrong("gate", gate.shape, f"[1] or [{out}]")
+
+    lead = inputs[0].shape[:-1]
+    for i, x in enumerate(inputs):
+        if x.shape[:-1] != lead:
+            together = _broadcast(lead, x.shape[:-1])
+            if together is None:
+                before = ", ".join(str(list(y.shape)) for y in inputs[:i])
+                raise _wrong(
+                    f"inputs[{i}]", x.shape, f"leading dimensions that broadcast with those of {before}"
+                )
+            lead = together
+    if present is not None:
+        if present.dtype != torch.bool or present.device != device:
+            raise _wrong("present", f"{present.dtype} on {present.device}", f"torch.bool on {device}")
+        if not lead:
+            raise _wrong("present", present.shape, "None, since the inputs have no leading dimension")
+        if present.shape != (lead[0], len(inputs)):
+            raise _wrong("present", present.shape, f"[{lead[0]}, {len(inputs)}]: samples, inputs")
+    if residual is not None and (residual.shape[-1] != out or _broadcast(lead, residual.shape[:-1]) != lead):
+        raise _wrong("residual", residual.shape, f"[..., {out}] that broadcasts to {[*lead, out]}")
+
+
+def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size | None:
+    try:
+        return torch.broadcast_shapes(a, b)
+    except RuntimeError:
+        return None
 
 
 def _forward_fake(
-    inputs, weight, bias, present, norm_eps, norm_weight, norm_bias, activation, residual, gate, save
-):  # type: ignore  # noqa: E501
+    inputs: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    present: Tensor | None,
+    norm_eps: float | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lead = torch.broadcast_shapes(*[x.shape[:-1] for x in inputs])
     width = weight.shape[0]
-    kept = save and (activation != "none" or gate is not None)
-    stats = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    bent = activation != "none" or gate is not None
     moments = lead if norm_eps is not None else (0,)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return (
         weight.new_empty(*lead, width // 2 if activation == "swiglu" else width),
-        weight.new_empty((*lead, width) if kept else (0,)),
-        weight.new_empty(moments, dtype=stats),
-        weight.new_empty(moments, dtype=stats),
+        weight.new_empty((*lead, width) if save and bent else (0,)),
+        weight.new_empty(moments, dtype=wide),
+        weight.new_empty(moments, dtype=wide),
     )
 
 
 def _backward_fake(
-    grad,
-    inputs,
-    weight,
-    present,
-    norm_eps,
-    norm_weight,
-    norm_bias,
-    activation,
-    gate,
-    preact,
-    mean,
-    rstd,
-    needs,
-):  # type: ignore  # noqa: E501
+    grad: Tensor,
+    inputs: list[Tensor],
+    weight: Tensor,
+    present: Tensor | None,
+    norm_eps: float | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    activation: str,
+    gate: Tensor | None,
+    preact: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    needs: list[bool],
+) -> list[Tensor]:
     width, depth = weight.shape
-    shapes = [x.shape for x in inputs] + [weight.shape, (width,), (depth,), (depth,)]
-    shapes.append((0,) if gate is None else gate.shape)
+    shapes: list[Any] = [x.shape for x in inputs]
+    shapes += [weight.shape, (width,), (depth,), (depth,), (0,) if gate is None else gate.shape]
     return [weight.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
 
 

@@ -1,10 +1,12 @@
 """The definition of every op in plain PyTorch. Every backend is tested against these, in float64."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
 def concat_linear(
@@ -33,7 +35,7 @@ def concat_linear(
         a, b = x.chunk(2, dim=-1)
         x = F.silu(a) * b
     elif activation != "none":
-        x = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[activation](x)
+        x = ACTIVATIONS[activation](x)
     if gate is not None:
         x = torch.tanh(gate) * x
     return x if residual is None else residual + x

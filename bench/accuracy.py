@@ -1,0 +1,133 @@
+"""What a configuration learns: with all modalities, with each alone, and beside the article's model.
+
+``python -m mmfast.bench.accuracy configs/digits.yaml --seeds 5`` trains every variant once per seed, prints a
+table with 95 % intervals. ``examples/demo.py`` uses the same functions with one seed.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from mmfast.bench.report import RESULTS, Machine, commit
+from mmfast.data import Data
+from mmfast.errors import UserError
+from mmfast.models import ArticleConfig
+from mmfast.train import Config, Trainer, build, load_config
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trained model, tested: ``by_modalities`` has the accuracy when only those are shown to it."""
+
+    by_modalities: dict[str, float]
+    step_seconds: list[float]
+
+    @property
+    def accuracy(self) -> float:
+        """With everything that the model was trained on."""
+        return list(self.by_modalities.values())[-1]
+
+
+def subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Every choice of at least one modality, all of them last."""
+    return [chosen for size in range(1, len(names) + 1) for chosen in combinations(names, size)]
+
+
+def variants(config: Config) -> dict[str, Config]:
+    """The job itself, each of its modalities alone, and the article's model, all with the same trainer."""
+
+    def variant(name: str, **changes: object) -> Config:
+        trainer = replace(
+            config.trainer, out=f"{config.trainer.out}/{name.replace(' ', '-')}", overwrite=True
+        )
+        if "only" in changes:
+            trainer = replace(trainer, only=[str(changes.pop("only"))])
+        return replace(config, trainer=trainer, **changes)
+
+    alone = {f"{name} alone": variant(f"{name} alone", only=name) for name in config.data.modalities}
+    return {"all": variant("all"), **alone, "article": variant("article", model=ArticleConfig())}
+
+
+def learn(
+    config: Config,
+    *,
+    every_subset: bool = False,
+    on_step: Callable[[int], None] | None = None,
+    quiet: bool = False,
+) -> Outcome:
+    """Train as ``config`` says and test the final weights, shown all modalities or every subset of them."""
+    trainer = Trainer(config, quiet=quiet)
+    model, data = build(config)
+    result = trainer.fit(model, data, on_step=on_step)
+    names = list(trainer.config.data.modalities)
+    shown = subsets(names) if every_subset else [tuple(names)]
+    scores = {"+".join(chosen): trainer.test(model, data, only=chosen)["accuracy"] for chosen in shown}
+    return Outcome(scores, result.step_seconds)
+
+
+def majority(data: Data) -> float:
+    """Accuracy on the test split of the class that is most frequent in training."""
+    train, test = (data.dataset.split(name).labels for name in ("train", "test"))
+    return float(np.mean(test[test >= 0] == np.bincount(train[train >= 0]).argmax()))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval (Student's t over the seeds)."""
+    n = len(values)
+    spread = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n) if n > 1 else float("nan")
+    return float(np.mean(values)), float(spread)
+
+
+def table(scores: dict[str, list[float]], chance: float) -> str:
+    """A Markdown table: a row for each variant, its accuracy and the paired difference of "all" to it."""
+    lines = ["| trained on | test accuracy | all modalities minus this |", "|---|---|---|"]
+    for name, values in scores.items():
+        mean, half = interval(values)
+        gain, gain_half = interval([a - b for a, b in zip(scores["all"], values, strict=True)])
+        versus = "" if name == "all" else f"{gain:+.3f} ± {gain_half:.3f}"
+        lines.append(f"| {name} | {mean:.3f} ± {half:.3f} | {versus} |")
+    return "\n".join([*lines, f"| majority class | {chance:.3f} | |"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train every variant over the seeds, print the table and keep it in bench/results/."""
+    parser = argparse.ArgumentParser(prog="python -m mmfast.bench.accuracy", description=__doc__)
+    parser.add_argument("config", help="as for mmfast fit; further options override its keys")
+    parser.add_argument("--seeds", type=int, default=5)
+    options, overrides = parser.parse_known_args(arguments)
+    try:
+        config = load_config(options.config, overrides)
+        scores: dict[str, list[float]] = {}
+        for seed in range(options.seeds):
+            data = replace(config.data, seed=seed)
+            seeded = replace(config, data=data, trainer=replace(config.trainer, seed=seed))
+            for name, variant in variants(seeded).items():
+                scores.setdefault(name, []).append(learn(variant, quiet=True).accuracy)
+                print(f"seed {seed}, {name}: {scores[name][-1]:.3f}", flush=True)
+        words = table(scores, majority(Data(config.data)))
+    except UserError as error:
+        print(f"mmfast: error: {error}", file=sys.stderr)
+        return 1
+    print(words)
+    name = Path(options.config).stem
+    record = {
+        "name": name,
+        "scores": scores,
+        "commit": commit(),
+        "machine": vars(Machine.here()),
+        "table": words.split("\n"),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"accuracy-{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -51,22 +51,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         command: Callable[[list[str]], int] = globals()[name]
         return command(rest)
     except KeyboardInterrupt as stopped:
-        tell(str(stopped) or "interrupted")
+        tell(f"mmfast: {stopped if stopped.args else 'interrupted'}")
         return 128 + int(getattr(stopped, "signum", signal.SIGINT))
     except UserError as error:
-        tell(str(error))
+        tell(f"mmfast: error: {error}")
     except OSError as error:  # a full disk, a folder that cannot be written
-        tell(" ".join(str(error).split()))
+        tell(f"mmfast: error: {' '.join(str(error).split())}")
     except Exception as error:
-        tell(" ".join(f"{type(error).__name__}: {error}".split()), traceback.format_exc())
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        tell(f"{traceback.format_exc()}mmfast: error: {line}")
     return 1
 
 
-def tell(line: str, details: str = "") -> None:
-    """Print a line for the user: of all processes of a job only the first to have one to say."""
+def tell(words: str) -> None:
+    """Print for the user: of all processes of a job only the first that has something to say."""
     if "RANK" in os.environ and not _first_to_tell():
         return
-    print(f"{details}mmfast: error: {line}", file=sys.stderr, flush=True)
+    print(words, file=sys.stderr, flush=True)
 
 
 def _first_to_tell() -> bool:

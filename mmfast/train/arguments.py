@@ -1,11 +1,13 @@
 """From a YAML file and command-line options to a ``Config``; every mistake is one line that names the key."""
 
+import dataclasses
 import difflib
 import re
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 from jsonargparse._actions import ActionConfigFile
@@ -50,21 +52,39 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def explain(message: str, made: ArgumentParser) -> str:
     """Turn jsonargparse's answer into one line, with the nearest known key where a key is unknown."""
     line = " ".join(message.split())
-    option = re.search(r"[Uu]nrecognized arguments: --([\w.]+)", line)
-    group = re.search(r"Group '([\w.]+)' does not accept option '(\w+)'", line)
-    inner = re.findall(r"Option '([\w.]+)' is not accepted", line)
-    within = re.search(r'key "([\w.]+)"', line)
-    if group:
-        return unknown(f"{group[1]}.{group[2]}", made)
-    if inner:
-        return unknown(f"{within[1]}: …{inner[-1]}" if within else inner[-1], made)
-    if option:
-        return unknown(option[1], made)
-    return line
+    if alternatives := re.search(r"Errors: - (.*) Given value type:", line):
+        # a setting of several types failed as each of them: the one that was meant says most
+        head = line[: alternatives.start()].partition("Does not validate")[0]
+        says = [text for text in alternatives[1].split(" - ") if not re.search(NOISE, text)]
+        line = f"{head}{(says or [alternatives[1]])[0]}"
+    if found := re.search(r"Group '([\w.]+)' does not accept option '(\w+)'", line):
+        return unknown(f"{found[1]}.{found[2]}", [a.dest for a in made._actions])
+    if found := re.search(r"[Uu]nrecognized arguments: --([\w.]+)", line):
+        return unknown(found[1], [a.dest for a in made._actions])
+    if found := re.search(r"Option '([\w.]+)' is not accepted", line):
+        owner = re.findall(r"class_path '[\w.]*?(\w+)'", line[: found.start()])
+        return unknown(found[1], field_names(), f" of {owner[-1]}" if owner else "")
+    line = re.sub(r"Expected an? <class '(\w+)'>\. Got value: (.*)", r"got \2, wanted \1", line)
+    line = re.sub(r"Expected a dot import path string: (\w+)", r"there is no class '\1'", line)
+    line = re.sub(r"Expected an? <class '(\w+)'>", r"wanted \1", line)
+    line = re.sub(r"Problem with given class_path '[\w.]*?(\w+)':", r"\1:", line)
+    return re.sub(r'Parser key "([\w.]+)":', r"\1:", line)
 
 
-def unknown(key: str, made: ArgumentParser) -> str:
+NOISE = r"Subclasses are disabled|unexpected keyword|NoneType|path string: (Model|Article)Config$"
+
+
+def unknown(key: str, known: Sequence[str], where: str = "") -> str:
     """Say that there is no such key, and which one may have been meant."""
-    known = [action.dest for action in made._actions if "." in action.dest]
     near = difflib.get_close_matches(key, known, 1)
-    return f"unknown configuration key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")
+    return f"unknown configuration key '{key}'{where}" + (f"; did you mean '{near[0]}'?" if near else "")
+
+
+def field_names() -> list[str]:
+    """Name every setting of the classes that a ``class_path`` can choose."""
+    chosen: list[Any] = [models.ModelConfig, models.ArticleConfig]
+    for base in (Modality, models.EncoderConfig, models.FusionConfig):
+        chosen += base.__subclasses__()
+    return sorted(
+        {f.name for made in chosen if dataclasses.is_dataclass(made) for f in dataclasses.fields(made)}
+    )

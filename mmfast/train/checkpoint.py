@@ -169,10 +169,22 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None =
     """Fill model and optimizer in place from a checkpoint; returns its facts. For every rank."""
     about = facts(path)
     try:
-        load_shards(state_of(model, optimizer), storage_reader=FileSystemReader(path))
+        reader = FileSystemReader(path)
+        for name, wanted in extents(reader).items():
+            if (got := (path / name).stat().st_size) < wanted:
+                raise OSError(f"{name} has {got} bytes, wanted {wanted}")
+        load_shards(state_of(model, optimizer), storage_reader=reader)
     except (CheckpointException, OSError, RuntimeError, KeyError, ValueError) as error:
         raise UserError(f"cannot read the checkpoint {path}: {reason(error)}") from error
     return about
+
+
+def extents(reader: FileSystemReader) -> dict[str, int]:
+    """How far into each file the index reaches: a file cut short could load without an error."""
+    ends: dict[str, int] = {}
+    for item in reader.read_metadata().storage_data.values():
+        ends[item.relative_path] = max(ends.get(item.relative_path, 0), item.offset + item.length)
+    return ends
 
 
 def refuse_mismatch(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

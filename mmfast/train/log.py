@@ -3,10 +3,14 @@
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from mmfast.errors import UserError
 
 
 class Log:
@@ -23,10 +27,11 @@ class Log:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        path = Path(out) / "metrics.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        keep_lines(path, first)
-        self.file = open(path, "a")
+        self.path = Path(out) / "metrics.jsonl"
+        with naming(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            keep_lines(self.path, first)
+            self.file = open(self.path, "a")
         self.board = SummaryWriter(str(out), purge_step=first + 1 if first else None)
         # without a terminal there is a line per validation and no bar
         self.bar = tqdm(
@@ -38,14 +43,16 @@ class Log:
         """Record the values of one step or of one evaluation."""
         if not self.active:
             return
-        self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        with naming(self.path):
+            self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(f"{kind}/{name}", value, step)
 
     def progress(self, step: int, values: dict[str, Any]) -> None:
         """Bring the bar and the file to ``step``."""
         if self.active:
-            self.file.flush()
+            with naming(self.path):
+                self.file.flush()
             self.bar.set_postfix(values, refresh=False)
             self.bar.update(step - self.bar.n)
 
@@ -59,7 +66,17 @@ class Log:
         if self.active:
             self.bar.close()
             self.board.close()
-            self.file.close()
+            with naming(self.path):
+                self.file.close()
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in what the system says of it: a full disk, a folder that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def keep_lines(path: Path, last_step: int) -> None:

@@ -1,0 +1,202 @@
+"""The command on real files: every word of it, and one clear line for every mistake."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import time
+
+import pytest
+from tiny import ROOT, command, dataset, options
+
+from mmfast.cli import main
+from mmfast.train import checkpoint, load_config
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return dataset(tmp_path_factory.mktemp("tiny"))
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+
+
+def test_fit_test_predict_and_resume_from_the_command_line(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["fit", *options(data, out, trainer__max_steps=6, trainer__validate_every=3)]) == 0
+    assert "step 6, accuracy" in capsys.readouterr().out
+    assert sorted(losses(out)) == [1, 2, 3, 4, 5, 6] and list(out.glob("events.out.tfevents.*"))
+    assert main(["test", *options(data, out), "--checkpoint", "latest"]) == 0
+    whole = capsys.readouterr().out
+    assert main(["test", *options(data, out), "--checkpoint", "latest", "--only", "text,audio"]) == 0
+    part = capsys.readouterr().out
+    assert whole.startswith("accuracy") and "loss" in part and whole != part
+    assert main(["predict", *options(data, out), "--output", str(tmp_path / "answers.jsonl")]) == 0
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [a["key"] for a in answers] == [f"test-{i:03d}" for i in range(10)]
+    assert {a["label"] for a in answers} <= {"a", "b", "c"}
+    assert main(["fit", *options(data, out, trainer__max_steps=8), "--resume"]) == 0
+    assert sorted(losses(out)) == list(range(1, 9))
+
+
+def test_check_and_plan_say_what_a_job_would_use(data, tmp_path, capsys):
+    assert main(["check", *options(data, tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "image        [8, 3, 32, 32] float32, present in" in said and "first step" in said
+    assert main(["plan", *options(data, tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "37 samples to train on, 4.6 steps an epoch" in said and "encoders.image" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_modality_alone_is_read_and_built_alone(data, tmp_path, capsys):
+    arguments = options(data, tmp_path, trainer__max_steps=2, trainer__only="[image]")
+    assert list(load_config(arguments[1], arguments[2:]).selected().data.modalities) == ["image"]
+    assert main(["plan", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "encoders.image" in said and "encoders.text" not in said
+    assert main(["fit", *arguments]) == 0
+
+
+def test_the_article_model_trains_by_its_name(data, tmp_path):
+    # the class is chosen after the file, so that settings of the other model go with it
+    arguments = [a for a in options(data, tmp_path, trainer__max_steps=2) if not a.startswith("--model.")]
+    assert main(["fit", *arguments, "--model=ArticleConfig"]) == 0
+
+
+@pytest.mark.parametrize("name", ["stamps", "digits"])
+def test_the_shipped_configurations_are_read(name):
+    config = load_config(ROOT / "configs" / f"{name}.yaml", ["--trainer.max_steps=7"])
+    assert list(config.data.modalities) == ["image", "text", "audio"] == list(config.model.encoders)
+    assert config.trainer.max_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("max_steps:", "max_stepz:", "unknown configuration key 'trainer.max_stepz'; did you mean 'trainer.max_steps'?"),
+        ("width:", "widht:", "unknown configuration key 'widht' of ImageResNet; did you mean 'width'?"),
+        ("dropout:", "dropuot:", "unknown configuration key 'dropuot' of ModelConfig; did you mean 'dropout'?"),
+        ("size: 112", "siez: 112", "unknown configuration key 'siez' of Image; did you mean 'size'?"),
+        ("max_steps: 300", "max_steps: many", "trainer.max_steps: got many, wanted int"),
+        ("width: 64", "width: 3", "ImageResNet.groups: got 32, wanted a divisor of width 3"),
+        ("ImageResNet", "ImageResnet", "model: ModelConfig: encoders: there is no class 'ImageResnet'"),
+        ("lr: 1.0e-3", "lr: -1", "trainer.lr is -1.0; wanted 0 or more"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_the_file_is_one_line(tmp_path, capsys, old, new, line):
+    path = tmp_path / "job.yaml"
+    path.write_text((ROOT / "configs" / "stamps.yaml").read_text().replace(old, new, 1))
+    assert main(["fit", "--config", str(path)]) == 1
+    assert capsys.readouterr().err == f"mmfast: error: {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["fitt"], "there is no command 'fitt'"),
+        (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["fit", "--config", "configs/stamps.yaml", "--trainer.max_step=3"], "did you mean 'trainer.max_steps'?"),
+        (["fit", "--config", "configs/stamps.yaml", "--data.path=nowhere"], "nowhere"),
+        (["fit", "--config", "configs/stamps.yaml", "--trainer.only=[smell]"], "trainer.only has 'smell'"),
+        (["test", "--config", "configs/stamps.yaml", "--trainer.out=nowhere"], "nowhere"),
+    ],
+)  # fmt: skip
+def test_a_mistake_on_the_command_line_is_one_line(monkeypatch, tmp_path, capsys, data, arguments, line):
+    monkeypatch.chdir(ROOT)
+    if arguments[0] == "test":
+        arguments = [*arguments, f"--data.path={data}"]
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("mmfast: error: ") and said.count("\n") == 1 and line in said
+
+
+def test_an_unexpected_error_shows_where_and_what(monkeypatch, capsys):
+    monkeypatch.setattr("mmfast.cli.plan", lambda _: 1 / 0)
+    assert main(["plan"]) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" in said and said.endswith("mmfast: error: ZeroDivisionError: division by zero\n")
+
+
+def test_help_is_fast_and_lists_the_commands():
+    begun = time.perf_counter()
+    help = command("--help")
+    assert help.returncode == 0 and all(name in help.stdout for name in ("prepare", "fit", "doctor"))
+    imports = command("--help", env={"PYTHONPROFILEIMPORTTIME": "1"}).stderr
+    assert "torch" not in imports and time.perf_counter() - begun < 20
+
+
+def test_a_stopped_process_and_a_new_one_take_the_same_steps(data, tmp_path):
+    """Augmentation on, dropout on, prefetch full: as the shipped configuration, in processes of their own."""
+    settings = {"trainer__max_steps": 16, "trainer__validate_every": 0}
+    assert command("fit", *options(data, tmp_path / "a", **settings)).returncode == 0
+    assert command("fit", *options(data, tmp_path / "b", trainer__stop_after=8, **settings)).returncode == 0
+    assert command("fit", *options(data, tmp_path / "b", **settings), "--resume").returncode == 0
+    assert len(losses(tmp_path / "a")) == 16 and losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_ctrl_c_saves_says_one_line_and_exits_with_130(data, tmp_path):
+    job = command(
+        "fit", *options(data, tmp_path, trainer__max_steps=100000, trainer__validate_every=0, trainer__log_every=1),
+        start=subprocess.Popen, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.2)
+    job.send_signal(signal.SIGINT)
+    said = job.communicate(timeout=60)[1]
+    assert job.returncode == 130
+    lines = [line for line in said.splitlines() if line.startswith("mmfast: ")]
+    last = max(losses(tmp_path))
+    path = checkpoint.find(tmp_path, "latest")
+    assert (
+        lines == [f"mmfast: stopped after step {last}; --resume goes on from {path}"]
+        and "Traceback" not in said
+    )
+    assert checkpoint.facts(path)["step"] == last
+
+
+def test_a_full_disk_and_a_kill_leave_the_checkpoint_before(data, tmp_path):
+    settings = {"trainer__max_steps": 6, "trainer__checkpoint_every": 3, "trainer__validate_every": 0}
+    assert command("fit", *options(data, tmp_path, **settings, trainer__stop_after=3)).returncode == 0
+    size = max(path.stat().st_size for path in checkpoint.find(tmp_path, "latest").iterdir())
+
+    def small_disk():  # the kernel refuses the file's last bytes, as a full disk does
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+    full = command("fit", *options(data, tmp_path, **settings), "--resume", preexec_fn=small_disk)
+    assert full.returncode == 1 and "Traceback" not in full.stderr
+    said = [line for line in full.stderr.splitlines() if line.startswith("mmfast: ")]
+    assert len(said) == 1 and "cannot write the checkpoint" in said[0] and "step-00000003 is whole" in said[0]
+    assert checkpoint.find(tmp_path, "latest").name == "step-00000003"
+
+    # killed while writing: a stand-in for the process stops between the first file and the last rename
+    killed = command(
+        "fit", *options(data, tmp_path, **settings), "--resume", env={"PYTHONPATH": _killer(tmp_path)}
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert list((tmp_path / "checkpoints").glob(".writing-*"))
+    assert checkpoint.find(tmp_path, "latest").name == "step-00000003"
+    assert command("fit", *options(data, tmp_path, **settings), "--resume").returncode == 0
+    assert checkpoint.find(tmp_path, "latest").name == "step-00000006"
+    assert not list((tmp_path / "checkpoints").glob(".writing-*"))
+
+
+def _killer(folder):
+    """A folder for PYTHONPATH whose sitecustomize kills the process when a checkpoint is renamed into place."""
+    code = (
+        "import os, pathlib\n"
+        "rename = pathlib.Path.rename\n"
+        "def kill(self, target):\n"
+        "    if self.name.startswith('.writing'):\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    return rename(self, target)\n"
+        "pathlib.Path.rename = kill\n"
+    )
+    (folder / "killer").mkdir()
+    (folder / "killer" / "sitecustomize.py").write_text(code)
+    return f"{folder / 'killer'}{os.pathsep}{ROOT}"

@@ -311,7 +311,7 @@ class ShardIndex:
     def save(self) -> None:
         """Write ``index.npz`` beside the tars, atomically."""
         path = self.folder / "index.npz"
-        partial = path.with_suffix(".partial")
+        partial = path.with_name(".index.npz.partial")
         with writing(path):
             with open(partial, "wb") as file:
                 np.savez(file, allow_pickle=False, **self.columns)
@@ -480,7 +480,8 @@ def writing(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}; nothing was kept") from error
+        final = Path(*(part[1:-8] if part.endswith(".partial") else part for part in Path(path).parts))
+        raise UserError(f"{final}: cannot be written: {error.strerror or error}; nothing was kept") from error
 
 
 def sync(folder: Path) -> None:

@@ -6,6 +6,6 @@ function that does the same from Python.
 
 from types import ModuleType
 
-from mmfast.data.prepare import digits, stamps
+from mmfast.data.prepare import digits, folder, stamps, table
 
-SOURCES: dict[str, ModuleType] = {"stamps": stamps, "digits": digits}
+SOURCES: dict[str, ModuleType] = {"stamps": stamps, "digits": digits, "folder": folder, "csv": table}

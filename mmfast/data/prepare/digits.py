@@ -1,7 +1,7 @@
 """``mmfast prepare digits``: a benchmark in which fusion pays.
 
-A digit is seen (scikit-learn's 8 x 8 handwritten digits), heard (synthetic speech) and read (its word), and
-each of the three is made unreliable: pixels and speech are noisy, and the word is often that of another digit.
+A digit is seen (scikit-learn's 8 x 8 handwritten digits), heard (synthetic speech) and read (its word),
+and each of the three is unreliable: pixels and speech are noisy, the word is often that of another digit.
 """
 
 import argparse
@@ -34,9 +34,9 @@ WORD_NOISE = 0.4  # share of samples whose word is drawn at random
 SCALE = 4  # 8 x 8 becomes 32 x 32
 T = TypeVar("T")
 NOTICE = """Images: scikit-learn's load_digits, the test set of the UCI "Optical Recognition of Handwritten
-Digits" (E. Alpaydin, C. Kaynak; CC BY 4.0), enlarged, with noise added. Speech: SYNTHETIC, made with eSpeak
-NG; no person was recorded; white noise was added. Text: the digit's word, replaced by a random one in 40 % of the
-samples.
+Digits" (E. Alpaydin, C. Kaynak; CC BY 4.0), enlarged, with noise added.
+Speech: SYNTHETIC, made with eSpeak NG; no person was recorded; white noise was added.
+Text: the digit's word, replaced by a random one in 40 % of the samples.
 """
 
 

@@ -198,17 +198,18 @@ class DatasetWriter:
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = 4096) -> Tokenizer:
-    """Lower-cased byte-pair pieces of NFC text; id 0 is ``[PAD]``, id 1 is ``[UNK]``."""
-    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]", end_of_word_suffix="</w>"))
+    """Lower-cased byte-pair pieces of NFC text; ids 0 and 1 are ``[PAD]`` and ``[UNK]``. Deterministic."""
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
+    # A word begins with a marked space. (With an end-of-word suffix the trainer would number its pieces in
+    # the order of a hash map, another one in every run.)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]
+    )
+    tokenizer.decoder = decoders.Metaspace()
+    special = ["[PAD]", "[UNK]"]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        min_frequency=2,
-        special_tokens=["[PAD]", "[UNK]"],
-        end_of_word_suffix="</w>",
-        show_progress=False,
+        vocab_size=vocabulary, min_frequency=2, special_tokens=special, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer

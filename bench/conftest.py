@@ -17,9 +17,9 @@ _DONE = pytest.StashKey[dict[str, list[Result]]]()  # by the module that asked
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--results", type=Path, default=RESULTS, help="folder for the records (default: %(default)s)"
+        "--results", type=Path, help="folder for the records; given, partial runs are recorded too"
     )
-    parser.addoption("--seconds", type=float, default=10.0, help="time for each piece of work (default: 10)")
+    parser.addoption("--seconds", type=float, default=8.0, help="for each piece of work (default: 8)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -71,10 +71,12 @@ def rounds(
     return replay
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
+) -> None:
     """Shows the tables, and records a run that was whole and without a failure."""
-    tell = terminalreporter.write_line
-    partial = [kind for kind in ("failed", "error", "deselected") if terminalreporter.stats.get(kind)]
+    folder = config.getoption("--results")
+    partial = exitstatus or terminalreporter.stats.get("deselected")
     for module, results in config.stash[_DONE].items():
         record = Record(module.rpartition(".bench_")[2], results, ceilings(results[0].device))
         tty = terminalreporter.hasmarkup
@@ -82,7 +84,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         with console.capture() as text:
             console.print(record.table())
         terminalreporter.write("\n" + text.get())
-        if partial:
-            tell(f"not recorded: some benchmarks were {' and some '.join(partial)}")
+        if partial and not folder:
+            terminalreporter.write_line("not recorded: a part was left out, or failed")
         else:
-            tell(f"recorded in {record.save(config.getoption('--results'))}")
+            terminalreporter.write_line(f"recorded in {record.save(folder or RESULTS)}")

@@ -66,7 +66,7 @@ def test_a_batch_without_a_modality_still_has_its_key(config):
 
 def test_it_learns_and_counts_its_steps(path, config):
     torch.manual_seed(0)
-    loop = StockLoop(config, build_model(MODEL, open_data(path)), batch_size=8, lr=3e-3)
+    loop = StockLoop(config, build_model(MODEL, open_data(path)), batch_size=8, lr=3e-3, workers=1)
     try:
         assert loop.steps(10) > 0
         assert loop.steps(10) > 0
@@ -77,7 +77,7 @@ def test_it_learns_and_counts_its_steps(path, config):
 
 
 def test_workers_are_idle_between_turns(path, config):
-    loop = StockLoop(config, build_model(MODEL, open_data(path)), batch_size=4, lr=0.0)
+    loop = StockLoop(config, build_model(MODEL, open_data(path)), batch_size=4, lr=0.0, workers=1)
     try:
         loop.steps(3)
         made = loop._made.value

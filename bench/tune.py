@@ -1,0 +1,159 @@
+"""Measures this device and writes its entries of ``mmfast/ops/table.json``.
+
+``python -m mmfast.bench.tune [op ...]``: for each op with a suite here (``bench_<op>.py``), every backend that
+is ready does the suite's works, its outputs checked, and the fastest over all becomes the automatic choice. On a
+GPU the blocks of the op's Triton kernels are tuned first: what ``UNTUNED`` names in ``mmfast.kernels.<op>*``.
+"""
+
+import argparse
+import json
+import math
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import print
+
+from mmfast import bench, kernels, ops
+from mmfast.bench.measure import Call, Result, Work, WrongOutputError, ceilings, measure
+from mmfast.bench.report import Record
+from mmfast.ops._backend import READY, TABLE
+
+Blocks = dict[str, int]
+TABLE_FILE = Path(ops.__file__).with_name("table.json")
+LIMITS = {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 128, "num_warps": 8, "num_stages": 6}
+LEAST = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 1, "num_stages": 1}
+
+
+def tune(op: str, seconds: float) -> None:
+    """Measures ``op`` on this device and puts what was found into ``TABLE``."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    works = import_module(f"mmfast.bench.bench_{op}").works(device)
+    entry = TABLE.setdefault(op, {}).setdefault(
+        torch.cuda.get_device_name() if device == "cuda" else "cpu", {}
+    )
+    ready = [name for name, state in ops.available(op, device).items() if state == READY]
+    if device == "cuda" and "triton" in ready:
+        tune_triton(op, works, entry.setdefault("triton", {}))
+    record = Record(op, list(compare(works, ready, seconds)), ceilings(device))
+    print(record.table())
+    entry["backend"] = fastest(record.results, ready)
+    print(f"{op}: {entry['backend']}")
+
+
+def compare(works: Sequence[Work], backends: Sequence[str], seconds: float) -> Iterator[Result]:
+    """Our variant of every work under each backend; a work that one of them does wrongly is an error."""
+    for work in works:
+        ours = next(iter(work.variants.values()))
+        variants = {name: under(name, ours) for name in backends}
+        yield measure(replace(work, variants=variants, required={}, weigh=None), seconds=seconds)
+
+
+def fastest(results: Sequence[Result], backends: Sequence[str]) -> str:
+    """The backend with the least geometric mean of its times over the first one's."""
+    return min(backends, key=lambda name: sum(math.log(r.ratio(name).median) for r in results))
+
+
+def under(backend: str, call: Call) -> Call:
+    """``call`` with ``backend`` forced."""
+
+    def run(*args: Any) -> Any:
+        with ops.backend(backend):
+            return call(*args)
+
+    return run
+
+
+def tune_triton(op: str, works: Sequence[Work], found: dict[str, Blocks]) -> None:
+    """Fills ``found``, this device's entry, with the best blocks of each kernel and precision."""
+    from triton.errors import TritonError  # only where there is Triton
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    generation = sum(a * b for a, b in zip(torch.cuda.get_device_capability(), (10, 1), strict=True))
+    for key, start in untuned(op, generation).items():
+        dtype = torch.bfloat16 if key.endswith(".half") else torch.float32
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if key.endswith(".tf32") else "ieee"
+        mine = [work for work in works if work.dtype == dtype]
+
+        def cost(blocks: Blocks, key: str = key, mine: Sequence[Work] = mine) -> float:
+            found[key] = blocks
+            try:
+                results = list(compare(mine, ["triton"], seconds=0.05))
+            except (
+                WrongOutputError,
+                RuntimeError,
+                TritonError,
+            ) as error:  # more shared memory than there is, for one
+                print(f"  {blocks}: {str(error).splitlines()[0]}")
+                return math.inf
+            return sum(math.log(r.time("triton").median) for r in results)
+
+        found[key] = climb(found.get(key, start), cost)
+        print(f"{op} {key}: {found[key]}")
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def untuned(op: str, generation: int) -> dict[str, Blocks]:
+    """Where tuning starts: the op's kernels with the blocks of the nearest older generation."""
+    merged: dict[str, Blocks] = {}
+    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        if module.name.rpartition(".")[2].startswith(op):
+            table: Mapping[int, Mapping[str, Blocks]] = getattr(import_module(module.name), "UNTUNED", {})
+            if older := [cc for cc in table if cc <= generation]:
+                merged |= table[max(older)]
+    return merged
+
+
+def climb(start: Blocks, cost: Callable[[Blocks], float], margin: float = 0.01) -> Blocks:
+    """Goes from ``start`` to the first neighbour that is better by ``margin``, until there is none.
+
+    A neighbour has one number doubled or halved (stages: one more or less); ``cost`` is the log of a time.
+    """
+    best, least = start, cost(start)
+    seen = [start]
+    while True:
+        for blocks in neighbours(best):
+            if blocks not in seen:
+                seen.append(blocks)
+                now = cost(blocks)
+                if now < least - margin:
+                    best, least = blocks, now
+                    break
+        else:
+            return best
+
+
+def neighbours(blocks: Blocks) -> Iterator[Blocks]:
+    """One step away from ``blocks``, within the limits."""
+    for name, value in blocks.items():
+        for other in (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2):
+            if LEAST[name] <= other <= LIMITS[name]:
+                yield {**blocks, name: other}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Tunes the named ops, all that have a suite when none is named."""
+    suites = sorted(path.stem.removeprefix("bench_") for path in Path(bench.__path__[0]).glob("bench_*.py"))
+    suites = [op for op in suites if op in ops.__all__]
+    parser = argparse.ArgumentParser(description="Measures this device and writes its entries of the table.")
+    parser.add_argument("ops", nargs="*", metavar="op", default=suites, help=f"of {', '.join(suites)}")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each piece of work (default: 2)")
+    options = parser.parse_args(args)
+    for op in options.ops:
+        if op not in suites:
+            parser.error(f"{op} has no suite, wanted one of {', '.join(suites)}")
+        tune(op, options.seconds)
+    write(TABLE_FILE)
+
+
+def write(path: Path) -> None:
+    """Writes ``TABLE``, a line for each kernel."""
+    path.write_text(json.dumps(TABLE, indent=2, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

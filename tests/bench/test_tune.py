@@ -1,0 +1,90 @@
+"""Tuning finds the best it was shown, keeps what others measured, and looks for ops and kernels by itself."""
+
+import json
+
+import pytest
+import torch
+
+from mmfast import ops
+from mmfast.bench import tune
+from mmfast.bench.measure import Result, Work, WrongOutputError
+
+BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
+
+
+def distance_from(best):
+    return lambda blocks: sum(abs(blocks[name] - value) for name, value in best.items())
+
+
+def test_climbing_reaches_the_best_blocks_and_tries_none_twice():
+    best, tried = {**BLOCKS, "BLOCK_M": 256, "num_warps": 8, "num_stages": 5}, []
+    cost = distance_from(best)
+    assert tune.climb(BLOCKS, lambda blocks: (tried.append(blocks), cost(blocks))[1]) == best
+    assert all(tried.count(blocks) == 1 for blocks in tried)
+
+
+def test_noise_is_not_climbed():
+    assert tune.climb(BLOCKS, lambda blocks: 0.0 if blocks == BLOCKS else -0.005) == BLOCKS
+
+
+def test_neighbours_stay_within_the_limits():
+    corner = {name: tune.LEAST[name] for name in BLOCKS}
+    assert all(b[n] >= tune.LEAST[n] for b in tune.neighbours(corner) for n in b)
+    assert all(b[n] <= tune.LIMITS[n] for b in tune.neighbours(tune.LIMITS) for n in b)
+
+
+def test_the_fastest_over_all_works_is_chosen():
+    works = [
+        Result("a", "float32", "cpu", {"cpu": [1.0], "reference": [4.0]}),
+        Result("b", "float32", "cpu", {"cpu": [2.0], "reference": [1.0]}),
+    ]
+    assert tune.fastest(works, ["cpu", "reference"]) == "cpu"
+    assert tune.fastest(works[1:], ["cpu", "reference"]) == "reference"
+
+
+def test_each_backend_is_really_the_one_that_runs():
+    x, w = torch.randn(4, 8), torch.randn(3, 8)
+    work = Work("work", {"ours": lambda: ops.concat_linear([x], w)}, lambda _: (), lambda: x @ w.T)
+    before = ops.native_calls("concat_linear.cpu")
+    (result,) = tune.compare([work], ["reference"], seconds=0)
+    assert ops.native_calls("concat_linear.cpu") == before and list(result.seconds) == ["reference"]
+    if ops.available("concat_linear", "cpu")["cpu"] == "ready":
+        (result,) = tune.compare([work], ["cpu"], seconds=0)
+        assert ops.native_calls("concat_linear.cpu") > before
+
+
+def test_a_wrong_backend_stops_the_tuning():
+    work = Work("work", {"ours": lambda x: x + 1}, lambda seed: (torch.ones(2),), lambda x: x)
+    with pytest.raises(WrongOutputError):
+        list(tune.compare([work], ["reference"], seconds=0))
+
+
+def test_kernels_are_found_in_the_ops_own_modules():
+    pytest.importorskip("triton")
+    found = tune.untuned("concat_linear", 90)
+    assert {"forward.half", "grad_weight.ieee"} <= found.keys()  # from two modules
+    assert all(blocks.keys() == BLOCKS.keys() for blocks in found.values())
+
+
+def test_tuning_writes_this_device_and_keeps_the_others(monkeypatch, tmp_path):
+    table = {"concat_linear": {"NVIDIA Elsewhere": {"backend": "triton"}, "cpu": {"backend": "reference"}}}
+    monkeypatch.setattr(tune, "TABLE", table)
+    monkeypatch.setattr(tune, "TABLE_FILE", tmp_path / "table.json")
+    monkeypatch.setattr(tune.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(tune, "ceilings", lambda device: {})
+    timed = Result("w", "float32", "cpu", {"cpu": [1.0], "reference": [2.0]})
+    monkeypatch.setattr(tune, "compare", lambda works, backends, seconds: [timed])
+    monkeypatch.setattr(
+        ops, "available", lambda op, device: {"cpu": "ready", "triton": "no", "reference": "ready"}
+    )
+    tune.main(["concat_linear"])
+    written = json.loads((tmp_path / "table.json").read_text())
+    assert written == {
+        "concat_linear": {"NVIDIA Elsewhere": {"backend": "triton"}, "cpu": {"backend": "cpu"}}
+    }
+
+
+def test_an_op_without_a_suite_is_named(capsys):
+    with pytest.raises(SystemExit):
+        tune.main(["concat_circular"])
+    assert "concat_circular has no suite, wanted one of concat_linear" in capsys.readouterr().err

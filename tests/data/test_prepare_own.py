@@ -6,7 +6,9 @@ import errno
 import json
 import os
 import random
+import re
 import signal
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
@@ -306,3 +308,13 @@ def test_shards_of_a_dataset_are_those_of_the_writer(tmp_path, monkeypatch):
     made = folder.prepare_folder(place(tmp_path / "in", {"a/x.txt": "t"}), tmp_path / "out", split="train")
     assert shards.ShardIndex.build(made / "train", classes=["a"]).labels.tolist() == [0]
     assert Tokenizer.from_file(str(made / "tokenizer.json")).get_vocab_size() >= 2
+
+
+def test_the_guide_runs(tmp_path, monkeypatch, capsys):
+    guide = Path(__file__).parents[2] / "docs/guides/data.md"
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(re.findall(r"```python\n(.*?)```", guide.read_text("utf-8"), re.DOTALL)), {})
+    said = capsys.readouterr().out
+    assert (
+        "50 train000000" in said and "('png', 'txt', 'flac')" in said and "('cat', 'dog') {'train': " in said
+    )

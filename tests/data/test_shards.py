@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import webdataset
 
 from mmfast.data.shards import Dataset, ShardIndex, ShardWriter, Staging
 from mmfast.errors import UserError
@@ -82,7 +83,6 @@ def test_shards_are_plain_ustar(tmp_path):
 
 
 def test_webdataset_reads_our_shards(tmp_path):
-    webdataset = pytest.importorskip("webdataset")
     folder = fill(tmp_path / "train")
     read = list(webdataset.WebDataset(sorted(map(str, folder.glob("*.tar"))), shardshuffle=False))
     assert len(read) == 20
@@ -92,7 +92,6 @@ def test_webdataset_reads_our_shards(tmp_path):
 
 
 def test_tars_made_by_webdataset_are_indexed(tmp_path):
-    webdataset = pytest.importorskip("webdataset")
     with webdataset.ShardWriter(str(tmp_path / "%06d.tar"), maxcount=3, verbose=0) as sink:
         for i in range(7):
             sink.write({"__key__": f"a.folder/{i}", "jpg": b"jpg%d" % i, "txt": f"text {i}", "cls": i})

@@ -1,0 +1,49 @@
+"""The Transformer that the text and audio encoders share."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmfast.models.masking import valid
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm self-attention and MLP (Xiong et al. 2020): [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        """``dim`` must be a multiple of ``heads``; the MLP is four times as wide."""
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.project = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.up = nn.Linear(dim, 4 * dim)
+        self.down = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+        """``visible``: bool [B, 1, 1, T], the keys that are seen; at least one in every row."""
+        query, key, value = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)  # [B, H, T, D / H]
+        x = x + self.project(attended.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    """Learned positions, layers and a final norm over a padded sequence."""
+
+    def __init__(self, steps: int, dim: int, layers: int, heads: int) -> None:
+        """``steps``: the longest sequence there can be."""
+        super().__init__()
+        self.positions = nn.Parameter(nn.init.normal_(nn.Embedding(steps, dim).weight.detach(), std=0.02))
+        self.layers = nn.ModuleList(TransformerLayer(dim, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]; the padding of ``x`` must be finite, and is seen by no valid step."""
+        steps = x.shape[1]
+        x = x + self.positions[:steps]
+        # An empty row sees its first step: a softmax over nothing is nan, and nobody reads that row.
+        visible = valid(lengths.clamp(min=1), steps)[:, None, None]  # [B, 1, 1, T]
+        for layer in self.layers:
+            x = layer(x, visible)
+        return self.norm(x)

@@ -1,7 +1,7 @@
 """Measures this device and writes its entries of ``mmfast/ops/table.json``.
 
-``python -m mmfast.bench.tune [op ...]``: for each op with a suite here (``bench_<op>.py``), every backend that
-is ready does the suite's works, its outputs checked, and the fastest over all becomes the automatic choice. On a
+``python -m mmfast.bench.tune [op ...]``: for each op with a suite here (``bench_<op>.py``) every backend that
+is ready does the suite's works, its outputs checked; the fastest over all becomes the automatic choice. On a
 GPU the blocks of the op's Triton kernels are tuned first: what ``UNTUNED`` names in ``mmfast.kernels.<op>*``.
 """
 

@@ -28,6 +28,15 @@ MODEL = ModelConfig(
 )
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Beside its workers; a spinning pool makes nothing faster here."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     samples = holes([parts(n) for n in range(26)])

@@ -161,7 +161,9 @@ def save(
             shutil.rmtree(partial, ignore_errors=True)
         left = list(steps(out).values())[-1:]
         kept = f"{left[0]} is whole" if left else "there is none before it"
-        raise UserError(f"cannot write the checkpoint {final}: {reason(error)}; {kept}") from error
+        room = shutil.disk_usage(out).free >> 20
+        why = f"{reason(error)} ({room} MiB are free)"
+        raise UserError(f"cannot write the checkpoint {final}: {why}; {kept}") from error
     return final
 
 
@@ -202,7 +204,9 @@ def reason(error: BaseException) -> str:
         error = next(iter(error.failures.values()))[0]
         if isinstance(error, KeyboardInterrupt):
             raise error
-    return " ".join(str(error).split()) or type(error).__name__
+    line = " ".join(str(error).split()) or type(error).__name__
+    # torch's zip writer loses what the system said of a disk that is full
+    return "a file could not be written to its end" if "inline_container" in line else line
 
 
 def on_first_rank(action: Callable[[], T]) -> T:

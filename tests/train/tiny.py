@@ -1,9 +1,13 @@
 """The shipped configuration on a tiny dataset and at a tiny size, as command-line options."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+from mmfast.cli import main
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "data"))
@@ -46,12 +50,43 @@ def options(data, out, **changes):
     return ["--config", str(ROOT / "configs" / "stamps.yaml"), *pairs]
 
 
-def command(*arguments, processes=0, start=subprocess.run, **kwargs):
-    """Run ``mmfast`` in a process of its own, or in several under torchrun."""
-    launch = [sys.executable]
-    if processes:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    if start is subprocess.run:
-        kwargs = {"capture_output": True, "timeout": 240} | kwargs
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | kwargs.pop("env", {})
-    return start([*launch, "-m", "mmfast", *arguments], cwd=ROOT, text=True, env=environment, **kwargs)
+def _run(arguments, folder, before):
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    import torch
+
+    torch.set_num_threads(1)
+    if before is not None:
+        before()
+    sys.exit(main(arguments))
+
+
+class Command:
+    """``mmfast ARGUMENTS`` in a new process, forked from a server that has done the imports and nothing else."""
+
+    def __init__(self, *arguments, before=None):
+        self.folder = Path(tempfile.mkdtemp())
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(
+            ["mmfast.train", "mmfast.data.dali", "torch.utils.tensorboard", "tiny"]
+        )
+        self.process = context.Process(target=_run, args=(arguments, self.folder, before))
+        self.process.start()
+
+    def wait(self, timeout=120):
+        """Give (exit status, standard output, standard error)."""
+        self.process.join(timeout)
+        status = self.process.exitcode
+        if status is None:
+            self.process.kill()
+        return status, (self.folder / "out").read_text(), (self.folder / "err").read_text()
+
+
+def torchrun(processes, *arguments, module="mmfast", **kwargs):
+    """Run ``mmfast``, or a script, in several processes under torchrun."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    target = ["-m", module] if module else []
+    return subprocess.run(
+        [*launch, *target, *map(str, arguments)],
+        cwd=ROOT, text=True, capture_output=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs,
+    )  # fmt: skip

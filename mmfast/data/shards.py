@@ -66,13 +66,18 @@ class Staging:
                 self.folder.rename(old)
             self.path.rename(self.folder)
             sync(self.folder.parent)
-        os.close(self._lock)
+        self._unlock()
         shutil.rmtree(old, ignore_errors=True)
 
     def discard(self) -> None:
         """Leave nothing behind."""
         shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
 
 
 class ShardWriter:

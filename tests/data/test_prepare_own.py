@@ -11,10 +11,11 @@ import signal
 from pathlib import Path
 
 import pytest
+import webdataset
 from tokenizers import Tokenizer
 
 from mmfast.data import prepare, shards
-from mmfast.data.prepare import folder, table, writer
+from mmfast.data.prepare import folder, index, table, writer
 from mmfast.data.shards import Dataset
 from mmfast.errors import UserError
 
@@ -308,6 +309,36 @@ def test_shards_of_a_dataset_are_those_of_the_writer(tmp_path, monkeypatch):
     made = folder.prepare_folder(place(tmp_path / "in", {"a/x.txt": "t"}), tmp_path / "out", split="train")
     assert shards.ShardIndex.build(made / "train", classes=["a"]).labels.tolist() == [0]
     assert Tokenizer.from_file(str(made / "tokenizer.json")).get_vocab_size() >= 2
+
+
+def test_tars_of_others_become_a_dataset_and_stay_as_they_are(tmp_path):
+    for split, count in {"train": 6, "test": 2}.items():
+        (tmp_path / split).mkdir()
+        with webdataset.ShardWriter(str(tmp_path / split / "%03d.tar"), maxcount=4, verbose=0) as sink:
+            for i in range(count):
+                label = {"label": ("dog", "cat")[i % 2]} if i != 5 else {"other": 1}
+                sink.write({"__key__": f"{i}", "jpg": b"jpg", "txt": f"text {i}", "json": label})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.tar")}
+    made = Dataset.open(index.prepare_index(tmp_path))
+    assert made.classes == ("cat", "dog") and made.modalities == ("image", "text") and made.tokenizer_path
+    assert made.splits["train"].labels.tolist() == [1, 0, 1, 0, 1, -1] and len(made.splits["test"]) == 2
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.tar")} == before and len(before) == 3
+    prints = made.splits["train"].fingerprint
+    assert Dataset.open(index.prepare_index(tmp_path, force=True)).splits["train"].fingerprint == prints
+    os.truncate(tmp_path / "train" / "001.tar", 600)
+    with pytest.raises(UserError, match=r"train/001\.tar: cut short.*--force indexes it again"):
+        index.prepare_index(tmp_path)
+
+
+def test_tars_of_others_with_numbers_for_labels(tmp_path):
+    (tmp_path / "train").mkdir()
+    with webdataset.ShardWriter(str(tmp_path / "train" / "%03d.tar"), verbose=0) as sink:
+        for i in range(4):
+            sink.write({"__key__": f"{i}", "txt": "x", "cls": 2 * i})
+    made = Dataset.open(index.prepare_index(tmp_path))
+    assert made.classes == tuple("0123456") and made.splits["train"].labels.tolist() == [0, 2, 4, 6]
+    with pytest.raises(UserError, match="none of the folders train, validation, test is here"):
+        index.prepare_index(tmp_path / "train")
 
 
 def test_the_guide_runs(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,12 @@ function that does the same from Python.
 
 from types import ModuleType
 
-from mmfast.data.prepare import digits, folder, stamps, table
+from mmfast.data.prepare import digits, folder, index, stamps, table
 
-SOURCES: dict[str, ModuleType] = {"stamps": stamps, "digits": digits, "folder": folder, "csv": table}
+SOURCES: dict[str, ModuleType] = {
+    "stamps": stamps,
+    "digits": digits,
+    "folder": folder,
+    "csv": table,
+    "index": index,
+}

@@ -1,0 +1,114 @@
+"""The one measure that every op is held to, and the ways to run an op under it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils import _pytree as pytree
+
+from mmfast import _native
+from mmfast.ops import available
+
+ROOT = Path(__file__).parents[2]
+ISAS = ("plain", "avx2", "avx512", "avx512bf16")
+
+
+def backends(op):
+    """The backends of ``op`` that can run on CPU tensors here; Triton by its interpreter."""
+    return [name for name, state in available(op, "cpu").items() if state == "ready"]
+
+
+def dtypes(backend):
+    """What a backend is tested in on the CPU. The interpreter's bfloat16 ``tl.dot`` is wrong, its float64 not ours."""
+    narrow = [torch.float32, torch.float16]
+    return narrow if backend == "triton" else [*narrow, torch.bfloat16, torch.float64]
+
+
+def isas():
+    """The instruction sets that this processor and this build have."""
+    found, before = [], _native.isa()
+    for name in ISAS:
+        try:
+            found.append(_native.isa(name))
+        except ValueError:
+            pass
+    _native.isa(before)
+    return found
+
+
+def compiled(function, backend="aot_eager"):
+    """``function`` as one graph with dynamic shapes."""
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+
+
+def cast(arguments, dtype):
+    """Floating tensors anywhere in ``arguments`` in ``dtype``, as fresh leaves with the strides that they had."""
+
+    def leaf(t):
+        if not (isinstance(t, torch.Tensor) and t.is_floating_point()):
+            return t
+        new = torch.empty_strided(t.shape, t.stride(), dtype=dtype)
+        if all(t.stride()[d] for d in range(t.dim()) if t.shape[d] > 1):
+            new.copy_(t.detach())
+        else:  # expanded: many elements share memory
+            new = t.detach().to(dtype) if dtype != t.dtype else t.detach().clone()
+        return new.requires_grad_(t.requires_grad)
+
+    return pytree.tree_map(leaf, arguments)
+
+
+def run(function, arguments, seed=0):
+    """The output and the gradient of every argument that asks for one, by name."""
+    out = function(**arguments)
+    results = {"out": out.detach()}
+    leaves = [(pytree.keystr(path), t) for path, t in pytree.tree_flatten_with_path(arguments)[0]]
+    leaves = [(name, t) for name, t in leaves if isinstance(t, torch.Tensor) and t.requires_grad]
+    if leaves:
+        grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        grads = torch.autograd.grad(out, [t for _, t in leaves], grad.to(out.dtype))
+        results |= {f"gradient of {name}": g for (name, _), g in zip(leaves, grads, strict=True)}
+    return results
+
+
+def assert_promised(actual, meant, own_error, name=""):
+    """Error against float64 <= 2 x the reference's own in the same dtype + 8 eps x the largest magnitude."""
+    assert actual.shape == meant.shape, f"{name}: {actual.shape}, wanted {meant.shape}"
+    if meant.numel() == 0:
+        return
+    error = (actual.double() - meant).abs().max()
+    bound = 2 * own_error + 8 * torch.finfo(actual.dtype).eps * meant.abs().max()
+    assert error <= bound, f"{name}: error {error:.3g}, promised {bound:.3g}"
+
+
+def check(op, reference, arguments, dtype):
+    """Runs ``op`` and ``reference`` on the same numbers and compares outputs and gradients as promised.
+
+    What the reference itself loses in float64 cannot be seen in float64: it is taken from float32, in the
+    proportion of the two eps.
+    """
+    seen = torch.float32 if dtype == torch.float64 else dtype
+    rounded = cast(arguments, seen)
+    actual = run(op, cast(rounded, dtype))
+    same = run(reference, cast(rounded, seen))
+    meant = run(reference, cast(rounded, torch.float64))
+    for name in meant:
+        assert actual[name].dtype == dtype, f"{name}: {actual[name].dtype}, wanted {dtype}"
+        own = (same[name].double() - meant[name]).abs().max() if meant[name].numel() else 0
+        assert_promised(actual[name], meant[name], own * torch.finfo(dtype).eps / torch.finfo(seen).eps, name)
+
+
+def python(code, **environment):
+    """Runs code in a fresh process and returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

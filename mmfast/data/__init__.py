@@ -1,6 +1,7 @@
 """Data: descriptions of modalities, shards on disk, and loaders that turn them into batches."""
 
-from mmfast.data.loader import Batch, Data, Loader
+from mmfast.data.assemble import Batch
+from mmfast.data.loader import Data, Loader
 from mmfast.data.modality import Audio, DataConfig, Image, Modality, Text
 from mmfast.data.plan import Plan
 from mmfast.data.shards import Dataset, ShardIndex, ShardWriter

@@ -16,7 +16,7 @@ from nvidia.dali.math import log
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 
-from mmfast.data.decode import AudioFile, ImageFile, UndecodableError, WaveTrimmer
+from mmfast.data.decode import AudioFile, ImageFile, UndecodableError, sample_audio, sample_image, trim
 from mmfast.data.modality import Audio, Image
 
 
@@ -67,6 +67,8 @@ def _files(files: Sequence[ImageFile] | Sequence[AudioFile]) -> list[np.ndarray]
 class DaliImages:
     """JPEG and PNG -> crop while decoding -> resize -> flip and normalise."""
 
+    known_good = sample_image()
+
     def __init__(self, modality: Image, batch: int, device: torch.device, threads: int) -> None:
         """``batch`` is the most files a call may have."""
         gpu = device.type == "cuda"
@@ -102,7 +104,6 @@ class DaliImages:
                 output_layout="HWC",
             )
 
-        self.device = device
         self._pipeline = _Pipeline(pipeline, device)
 
     def __call__(self, files: Sequence[ImageFile]) -> tuple[Tensor, Tensor]:
@@ -124,9 +125,11 @@ class DaliImages:
 class DaliAudio:
     """wav, flac, ogg -> mono -> the modality's rate -> log-mel.
 
-    DALI decodes and makes the spectrograms; in between torchaudio resamples, because DALI's resampling has no
+    DALI decodes and makes the spectrograms; in between we resample, because DALI's resampling has no
     low-pass: taken down from 48 to 16 kHz, everything between 8 and 24 kHz is folded into what remains.
     """
+
+    known_good = sample_audio()
 
     def __init__(self, modality: Audio, batch: int, device: torch.device, threads: int) -> None:
         """``batch`` is the most files a call may have."""
@@ -163,20 +166,16 @@ class DaliAudio:
             )
             return fn.pad(log(mel + modality.floor), axes=[1], shape=[modality.frames])
 
-        self.device = device
-        self._trim = WaveTrimmer(modality)
+        self._modality = modality
         self._decode = _Pipeline(decode, torch.device("cpu"))
         self._spectrum = _Pipeline(spectrum, device)
-        self._hop = modality.hop
 
     def __call__(self, files: Sequence[AudioFile]) -> tuple[Tensor, Tensor]:
         """Log-mels [n, n_mels, frames] and valid frames [n]."""
         decoded, rates = self._decode.run(file=_files(files))
-        waves = [
-            self._trim(torch.from_numpy(np.asarray(decoded[i])), int(rates.at(i))) for i in range(len(files))
-        ]
-        (spectra,) = self._spectrum.run(wave=[wave.numpy() for wave in waves])
-        steps = torch.tensor([len(wave) // self._hop + 1 for wave in waves])
+        waves = [trim(np.asarray(decoded[i]), int(rates.at(i)), self._modality) for i in range(len(files))]
+        (spectra,) = self._spectrum.run(wave=waves)
+        steps = torch.tensor([len(wave) // self._modality.hop + 1 for wave in waves])
         return self._spectrum.tensor(spectra), steps
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""From shards to batches: read, decode and hand over, one stage ahead of the other, in threads.
+"""Batches made ahead of time: reading and decoding in a thread each, handed over through bounded queues.
 
 A batch is a dict with fixed keys: each modality's name, ``lengths`` int64 [B, M], ``present`` bool [B, M],
 ``label`` int64 [B] and ``id`` int64 [B]. What is absent is zeros with length 0.
@@ -6,7 +6,6 @@ A batch is a dict with fixed keys: each modality's name, ``lengths`` int64 [B, M
 
 import contextlib
 import hashlib
-import importlib.util
 import itertools
 import json
 import queue
@@ -15,232 +14,16 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from mmfast.data.augment import centre_boxes, random_boxes, random_flips, salt
-from mmfast.data.decode import (
-    AudioFile,
-    Decoder,
-    ImageFile,
-    TorchAudio,
-    TorchImages,
-    UndecodableError,
-    check_audio,
-    check_image,
-    check_text,
-    decode_rows,
-    sample_audio,
-    sample_image,
-)
-from mmfast.data.modality import Audio, DataConfig, Image, Modality, Text
-from mmfast.data.plan import InOrder, Ints, Plan
-from mmfast.data.shards import Dataset, ShardIndex
-from mmfast.data.text import TextEncoder, open_tokenizer
+from mmfast.data.assemble import Assembler, Batch, Fault, Memory, Reader, View, choose_device
+from mmfast.data.modality import Audio, DataConfig, Image, Text
+from mmfast.data.plan import InOrder, Plan
+from mmfast.data.shards import Dataset
+from mmfast.data.text import open_tokenizer
 from mmfast.errors import UserError
-
-Batch = dict[str, Tensor]
-Fault = tuple[int, str, str]  # sample, modality, reason
-
-
-@dataclass
-class _Part:
-    """What one modality of one batch has: the rows that hold it, and their files (or texts)."""
-
-    rows: list[int] = field(default_factory=list)
-    files: list[Any] = field(default_factory=list)
-
-
-@dataclass
-class _Work:
-    """A batch between reading and decoding."""
-
-    step: int
-    ids: Ints
-    parts: dict[str, _Part]
-    faults: list[Fault]
-
-
-@dataclass(frozen=True)
-class View:
-    """Which rows of which split a loader makes, and how they are looked at."""
-
-    split: str
-    index: ShardIndex
-    plan: Plan | InOrder
-    modalities: dict[str, Modality]
-    kept: tuple[str, ...]
-    seed: int
-    augment: bool
-    rank: int
-    world_size: int
-
-
-class _Reader:
-    """Reads a step's bytes, checks them, and draws each image's box."""
-
-    def __init__(self, view: View) -> None:
-        self.view = view
-        self._salt = {name: salt(name) for name in view.kept}
-
-    def read(self, step: int) -> _Work:
-        view = self.view
-        mine = slice(view.rank, None, view.world_size)
-        ids, epochs = view.plan.samples(step)[mine], view.plan.epochs(step)[mine]
-        work = _Work(step, ids, {}, [])
-        for name in view.kept:
-            modality = view.modalities[name]
-            part = work.parts[name] = _Part()
-            checked: list[Any] = []
-            for row, sample in enumerate(ids.tolist()):
-                data = view.index.read(sample, modality.component) if sample >= 0 else None
-                if data is None:
-                    continue
-                try:
-                    checked.append(_check(modality, data))
-                except UndecodableError as error:
-                    work.faults.append((sample, name, str(error)))
-                    continue
-                part.rows.append(row)
-                part.files.append(data)
-            if part.rows:
-                part.files = self._files(name, modality, part, checked, ids, epochs)
-        return work
-
-    def _files(
-        self, name: str, modality: Modality, part: _Part, checked: list[Any], ids: Ints, epochs: Ints
-    ) -> list[Any]:
-        if isinstance(modality, Text):
-            return checked
-        if isinstance(modality, Audio):
-            return [AudioFile(data) for data in part.files]
-        sizes = np.array(checked, np.int64)  # [n, 2]
-        image = cast(Image, modality)
-        if self.view.augment:
-            key = (self.view.seed, epochs[part.rows], ids[part.rows], self._salt[name])
-            boxes = random_boxes(sizes, image.crop_scale, *key)
-            flips = random_flips(*key) & image.flip
-        else:
-            boxes, flips = centre_boxes(sizes), np.zeros(len(sizes), np.bool_)
-        views = zip(part.files, boxes.tolist(), flips.tolist(), strict=True)
-        return [ImageFile(data, tuple(box), flip) for data, box, flip in views]
-
-
-def _check(modality: Modality, data: bytes) -> Any:
-    if isinstance(modality, Image):
-        return check_image(data)
-    if isinstance(modality, Audio):
-        return check_audio(data)
-    return check_text(data)
-
-
-class _Assembler:
-    """Decodes a step's files into its batch."""
-
-    def __init__(self, view: View, config: DataConfig, tokenizer: Any, device: torch.device) -> None:
-        self.view, self.device = view, device
-        self._bad: dict[tuple[str, int], str] = {}  # found in an earlier epoch
-        make = _decoders(config, device, view.plan.batch_size // view.world_size)
-        self._decoders: dict[str, Decoder] = {}
-        self._encoders: dict[str, TextEncoder] = {}
-        for name in view.kept:
-            modality = view.modalities[name]
-            if isinstance(modality, Text):
-                self._encoders[name] = TextEncoder(tokenizer, modality.max_tokens)
-            else:
-                self._decoders[name] = make(modality)
-        self._good: dict[type[Modality], ImageFile | AudioFile] = {
-            Image: sample_image(),
-            Audio: sample_audio(),
-        }
-
-    def assemble(self, work: _Work) -> tuple[Batch, list[Fault]]:
-        view, size = self.view, len(work.ids)
-        batch: Batch = {}
-        lengths = torch.zeros(len(view.modalities), size, dtype=torch.int64)  # [M, B]
-        for m, (name, modality) in enumerate(view.modalities.items()):
-            part = work.parts.get(name)
-            if part is not None:
-                self._drop_known(name, part, work)
-            batch[name] = modality.empty(size, "cpu" if isinstance(modality, Text) else self.device)
-            if part is None or not part.rows:
-                continue
-            rows = torch.tensor(part.rows)
-            if isinstance(modality, Text):
-                bad = self._tokenize(name, part, rows, batch[name], lengths[m])
-            else:
-                good = self._good[type(modality)]
-                bad = decode_rows(self._decoders[name], part.files, rows, batch[name], lengths[m], good)
-            for row, reason in bad.items():
-                sample = int(work.ids[row])
-                self._bad[name, sample] = reason
-                work.faults.append((sample, name, reason))
-        labels = np.where(work.ids >= 0, view.index.labels[work.ids], -1)
-        batch["lengths"] = lengths.T.contiguous()
-        batch["present"] = batch["lengths"] > 0
-        batch["label"] = torch.from_numpy(labels.astype(np.int64))
-        batch["id"] = torch.from_numpy(work.ids.copy())
-        return batch, work.faults
-
-    def close(self) -> None:
-        for decoder in self._decoders.values():
-            decoder.close()
-
-    def _tokenize(self, name: str, part: _Part, rows: Tensor, ids: Tensor, lengths: Tensor) -> dict[int, str]:
-        tokens, counts = self._encoders[name](part.files)
-        ids[rows], lengths[rows] = tokens, counts
-        return {row: "no tokens" for row, n in zip(part.rows, counts.tolist(), strict=True) if n == 0}
-
-    def _drop_known(self, name: str, part: _Part, work: _Work) -> None:
-        for i in reversed(range(len(part.rows))):
-            sample = int(work.ids[part.rows[i]])
-            if reason := self._bad.get((name, sample)):
-                work.faults.append((sample, name, reason))
-                del part.rows[i], part.files[i]
-
-
-def _decoders(config: DataConfig, device: torch.device, batch: int) -> Callable[[Modality], Decoder]:
-    kind = choose_decoder(config)
-
-    def make(modality: Modality) -> Decoder:
-        if kind == "torch":
-            if isinstance(modality, Image):
-                return cast(Decoder, TorchImages(modality, config.threads))
-            return cast(Decoder, TorchAudio(cast(Audio, modality), config.threads))
-        from mmfast.data.dali import DaliAudio, DaliImages
-
-        if isinstance(modality, Image):
-            return cast(Decoder, DaliImages(modality, batch, device, config.threads))
-        return cast(Decoder, DaliAudio(cast(Audio, modality), batch, device, config.threads))
-
-    return make
-
-
-def choose_decoder(config: DataConfig) -> str:
-    """ "dali" or "torch"; ``UserError`` where the configuration asks for a DALI that is not there."""
-    there = (
-        importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
-    )
-    if config.decoder == "dali" and not there:
-        raise UserError("data.decoder: got 'dali', which is not installed; wanted 'torch' or 'auto'")
-    return "dali" if there and config.decoder != "torch" else "torch"
-
-
-def choose_device(config: DataConfig) -> torch.device:
-    """Where decoded batches are born."""
-    usable = choose_decoder(config) == "dali" and torch.cuda.is_available()
-    if config.device == "gpu" and not usable:
-        why = "no CUDA device is there" if not torch.cuda.is_available() else "only DALI decodes on the GPU"
-        raise UserError(f"data.device: got 'gpu', but {why}; wanted 'cpu' or 'auto'")
-    if config.device == "cpu" or not usable:
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 class _End:
@@ -304,7 +87,13 @@ class Loader:
     """
 
     def __init__(
-        self, view: View, config: DataConfig, tokenizer: Any, start_step: int, end_step: int | None
+        self,
+        view: View,
+        config: DataConfig,
+        tokenizer: Path | None,
+        memory: Memory,
+        start_step: int,
+        end_step: int | None,
     ) -> None:
         """Use ``Data.loader``."""
         self.view = view
@@ -313,7 +102,7 @@ class Loader:
         self.ledger: Counter[tuple[str, str, str, str]] = Counter()
         self.time_waiting = 0.0
         self.device = choose_device(config)
-        self._make = (config, tokenizer, end_step)
+        self._make = (config, tokenizer, memory, end_step)
         self._batches: Iterator[tuple[Batch, list[Fault]]] | None = None
         self._close: Callable[[], Any] = lambda: None
 
@@ -362,9 +151,9 @@ class Loader:
         self.close()
 
     def _start(self) -> None:
-        config, tokenizer, end_step = self._make
-        reader = _Reader(self.view)
-        assembler = _Assembler(self.view, config, tokenizer, self.device)
+        config, tokenizer, memory, end_step = self._make
+        reader = Reader(self.view, memory)
+        assembler = Assembler(self.view, config, tokenizer, self.device, memory)
         steps = itertools.count(self.step) if end_step is None else range(self.step, end_step)
         read = _Stage(map(reader.read, steps), config.prefetch, "mmfast-read")
         made = _Stage(map(assembler.assemble, read), config.prefetch, "mmfast-decode")
@@ -373,7 +162,7 @@ class Loader:
         self._close = weakref.finalize(self, _stop, read, made, assembler)
 
 
-def _stop(read: _Stage, made: _Stage, assembler: _Assembler) -> None:
+def _stop(read: _Stage, made: _Stage, assembler: Assembler) -> None:
     read.stop()
     made.stop()
     assembler.close()
@@ -400,12 +189,17 @@ class Data:
         self.classes = list(self.dataset.classes)
         self.num_classes = len(self.classes)
         for name, modality in self.modalities.items():
+            if not isinstance(modality, (Image, Text, Audio)):
+                raise UserError(
+                    f"data.modalities.{name}: got {type(modality).__name__}, which has no decoder"
+                )
             if modality.component not in self.dataset.modalities:
                 raise UserError(
                     f"data.modalities.{name}: component {modality.component!r} is not in {config.path}; "
                     f"there are: {', '.join(self.dataset.modalities)}"
                 )
         choose_device(config)
+        self._memory = Memory(config.memory_mb)
         self.vocab_size = 0
         self._tokenizer: Path | None = None
         tokens = b""
@@ -464,4 +258,4 @@ class Data:
         augment = train and self.config.augment
         view = View(split, index, plan, self.modalities, kept, seed, augment, rank, world_size)
         end_step = None if train else plan.steps_per_epoch
-        return Loader(view, self.config, self._tokenizer, start_step, end_step)
+        return Loader(view, self.config, self._tokenizer, self._memory, start_step, end_step)

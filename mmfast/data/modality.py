@@ -7,8 +7,6 @@ from torch import Tensor
 
 from mmfast.errors import UserError
 
-RATE_STEP = 25  # Hz; all usual sample rates are multiples of it
-
 
 @dataclass(frozen=True, kw_only=True)
 class Modality:
@@ -120,8 +118,6 @@ class Audio(Modality):
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         _positive(self, "sample_rate", "n_fft", "hop", "n_mels", "max_seconds", "floor")
-        if self.sample_rate % RATE_STEP:
-            raise UserError(f"Audio.sample_rate: got {self.sample_rate}, wanted a multiple of {RATE_STEP}")
         if self.max_samples <= self.n_fft // 2:
             raise UserError(f"Audio.max_seconds: got {self.max_seconds}, wanted more than half a window")
 
@@ -154,6 +150,7 @@ class DataConfig:
         device: "cpu", "gpu" (DALI decodes on the current CUDA device and batches are born there) or "auto".
         threads: decoding threads of each process.
         prefetch: finished batches kept ready.
+        memory_mb: decoded sounds kept for the next epoch, in MB for each process; 0 keeps none.
     """
 
     path: str
@@ -164,6 +161,7 @@ class DataConfig:
     device: str = "auto"
     threads: int = 2
     prefetch: int = 2
+    memory_mb: int = 256
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
@@ -182,3 +180,5 @@ class DataConfig:
         for name in ("threads", "prefetch"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name}: got {getattr(self, name)}, wanted at least 1")
+        if self.memory_mb < 0:
+            raise UserError(f"data.memory_mb: got {self.memory_mb}, wanted 0 or more")

@@ -114,17 +114,20 @@ struct Problem {
 
   // Mean and 1 / standard deviation of each row of the concatenation, from those of its parts.
   void statistics(double eps, A* mean_out, A* rstd_out) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      A sum = 0, square = 0;
-      for (size_t i = 0; i < sources.size(); ++i) sum += sources[i].depth * mean(i, r);
-      const A centre = sum / depth;
-      for (size_t i = 0; i < sources.size(); ++i) {
-        const A d = mean(i, r) - centre;
-        square += sources[i].depth * d * d + (visible(sources[i], r) ? squares[i][sources[i].row(r)] : 0);
+    const A count = std::max<int64_t>(depth, 1);
+    parallel_rows(rows, 16 * sources.size(), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        A sum = 0, square = 0;
+        for (size_t i = 0; i < sources.size(); ++i) sum += sources[i].depth * mean(i, r);
+        const A centre = sum / count;
+        for (size_t i = 0; i < sources.size(); ++i) {
+          const A d = mean(i, r) - centre;
+          square += sources[i].depth * d * d + (visible(sources[i], r) ? squares[i][sources[i].row(r)] : 0);
+        }
+        mean_out[r] = centre;
+        rstd_out[r] = 1 / std::sqrt(square / count + static_cast<A>(eps));
       }
-      mean_out[r] = centre;
-      rstd_out[r] = 1 / std::sqrt(square / depth + static_cast<A>(eps));
-    }
+    });
   }
 
   // W_i @ v_i [width] for a vector v over the concatenation's columns; null: ones
@@ -146,11 +149,13 @@ struct Problem {
       scatter(product.matrix(), block, columns(s).transposed(), false);
     });
     Buffer<A> out(s.rows, width);
-    for (int64_t q = 0; q < s.rows; ++q) {
-      if (!s.visible(q)) continue;
-      std::fill_n(out.row(q), width, A(0));
-      kernels.accumulate(out.row(q), 1, product.row(q), width);
-    }
+    parallel_rows(s.rows, width, [&](int64_t begin, int64_t end) {
+      for (int64_t q = begin; q < end; ++q) {
+        if (!s.visible(q)) continue;
+        std::fill_n(out.row(q), width, A(0));
+        kernels.accumulate(out.row(q), 1, product.row(q), width);
+      }
+    });
     return out;
   }
 
@@ -220,9 +225,9 @@ Tensors forward(const Tensors& inputs, const Tensor& weight, const Maybe& bias_,
         for (int64_t o = 0; o < p.width; ++o) base[o] += c[o];
       }
   }
-  std::map<size_t, Buffer<A>> pooled;
+  std::vector<std::optional<Buffer<A>>> pooled(p.sources.size());
   for (size_t i = 0; i < p.sources.size(); ++i)
-    if (!p.sources[i].full) pooled.emplace(i, p.pooled_product(i));
+    if (!p.sources[i].full) pooled[i] = p.pooled_product(i);
   const A* const m = data<A>(mean);
   const A* const v = data<A>(rstd);
 
@@ -239,7 +244,7 @@ Tensors forward(const Tensors& inputs, const Tensor& weight, const Maybe& bias_,
       for (size_t i = 0; i < p.sources.size(); ++i) {
         const auto& s = p.sources[i];
         const bool visible = p.visible(s, r);
-        if (visible && !s.full) term(pooled.at(i).row(s.row(r)), p.norm ? v[r] : 1);
+        if (visible && !s.full) term(pooled[i]->row(s.row(r)), p.norm ? v[r] : 1);
         if (p.norm && !(visible && s.full)) term(p.u[i].data(), v[r] * (p.mean(i, r) - m[r]));
       }
       const T* extra = residual && !bent ? skip_rows[skip->row(r)] : nullptr;
@@ -309,8 +314,6 @@ struct Backward {
   Tensors& grads;         // [*inputs, weight, bias, norm_weight, norm_bias, gate]
   std::map<Shape, std::vector<A>> shared_sums = {};  // of g, by a source's own leading dimensions
 
-  bool needs_weight() const { return needs[p.sources.size()]; }
-  bool needs_norm() const { return p.norm && (needs[p.sources.size() + 2] || needs[p.sources.size() + 3]); }
   T* grad(size_t i) const { return data<T>(grads[i]); }
 
   // sum of g over the output rows that read each own row of source i, where it is visible [own rows, width]
@@ -370,28 +373,28 @@ struct Backward {
   void run() {
     const size_t n = p.sources.size();
     const bool any_input = std::find(needs.begin(), needs.begin() + n, true) != needs.begin() + n;
-    std::optional<Buffer<T>> scratch;  // the weight's gradient, where only the norm's parameters want it
-    T* dweight = needs_weight() ? grad(n) : nullptr;
-    if (!dweight && needs_norm()) dweight = scratch.emplace(p.width, p.depth).data();
+    const bool any_weight = needs[n] || (p.norm && (needs[n + 2] || needs[n + 3]));
+    std::optional<Buffer<T>> unwanted;  // the weight's gradient, where only the norm's parameters need it
+    T* const dweight = needs[n] || !any_weight ? grad(n) : unwanted.emplace(p.width, p.depth).data();
 
     std::vector<std::vector<A>> pooled(n);  // [own rows, width]
     std::vector<std::optional<Buffer<T>>> rows(n);
     for (size_t i = 0; i < n; ++i) {
       const auto& s = p.sources[i];
-      if (s.full || !(needs[i] || dweight || (p.norm && any_input))) continue;
+      if (s.full || !(needs[i] || any_weight || (p.norm && any_input))) continue;
       pooled[i] = pooled_sums(s);
       rows[i].emplace(s.rows, p.width);
       narrow(p.kernels, rows[i]->data(), pooled[i].data(), s.rows * p.width);
     }
     for (size_t i = 0; i < n; ++i) {
       const T* own = p.sources[i].full ? g.data : rows[i] ? rows[i]->data() : nullptr;
-      if (dweight) weight_product(i, own, dweight);
+      if (any_weight) weight_product(i, own, dweight);
       if (needs[i] && !p.norm) input_product(p.sources[i], own, grad(i));
     }
     std::vector<A> dbias;
-    if (needs[n + 1] || needs_norm() || (p.norm && dweight)) dbias = total();
+    if (needs[n + 1] || (p.norm && any_weight)) dbias = total();
     if (needs[n + 1]) narrow(p.kernels, grad(n + 1), dbias.data(), p.width);
-    if (p.norm && dweight) finish_weight(dweight, dbias);
+    if (p.norm && any_weight) finish_weight(dweight, dbias);
     if (p.norm && any_input) norm_inputs(rows);
   }
 
@@ -448,7 +451,7 @@ struct Backward {
       });
       unwanted[i].reset();
     }
-    for (A& value : avg) value /= p.depth;
+    for (A& value : avg) value /= std::max<int64_t>(p.depth, 1);
     for (size_t i = 0; i < n; ++i) {
       const auto& s = p.sources[i];
       if (!needs[i]) continue;

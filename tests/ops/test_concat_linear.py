@@ -82,8 +82,8 @@ def test_output_and_gradients_are_as_exact_as_promised(name, activation, options
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_compiled_it_is_as_exact(name, activation):
-    for options in ({"present": True, "residual": True}, {"norm": True, "gate": 1}):
-        check(compiled(on(name)), reference.concat_linear, example(activation=activation, **options), torch.float32)
+    arguments = example(activation=activation, **OPTIONS["plain" if activation == "none" else "everything"])
+    check(compiled(on(name)), reference.concat_linear, arguments, torch.float32)
 
 
 def test_inductor_compiles_it_too():
@@ -146,7 +146,7 @@ def test_any_shape_broadcast_presence_and_layout(name):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_any_shape_compiled(name):
-    @settings(max_examples=8, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=4, deadline=None, derandomize=True, database=None)
     @given(problems())
     def every(arguments):
         check(compiled(on(name)), reference.concat_linear, arguments, torch.float32)
@@ -194,7 +194,11 @@ def test_what_is_visible_propagates_nan(name):
 def test_zero_rows_and_zero_features(name, shapes):
     for options in OPTIONS.values():
         check(on(name), reference.concat_linear, example(shapes, **options), torch.float32)
-    check(compiled(on(name)), reference.concat_linear, example(shapes, norm=True), torch.float32)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_zero_rows_compiled(name):
+    check(compiled(on(name)), reference.concat_linear, example(((0, 5, 8), (0, 1, 6)), norm=True), torch.float32)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -273,7 +277,7 @@ def test_the_same_bits_every_time(name):
 @pytest.mark.parametrize("name", KERNELS)
 def test_double_backward_is_refused(name):
     arguments = cast(example(), torch.float32)
-    (gradient,) = torch.autograd.grad(on(name)(**arguments).sum(), arguments["weight"], create_graph=True)
+    (gradient,) = torch.autograd.grad(on(name)(**arguments).square().sum(), arguments["weight"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
@@ -299,8 +303,9 @@ def test_autocast_casts_what_is_not_float64(name):
     assert out.dtype == dtype and torch.equal(out, plain)
     out.sum().backward()
     assert arguments["weight"].grad.dtype == torch.float32
-    with torch.autocast("cpu", dtype):
-        assert on(name)(**example()).dtype == torch.float64
+    if torch.float64 in dtypes(name):
+        with torch.autocast("cpu", dtype):
+            assert on(name)(**example()).dtype == torch.float64
 
 
 def test_twenty_shapes_compile_at_most_twice():

@@ -87,7 +87,7 @@ class ImageEncoder(nn.Module):
         # alone, and leaves both a quarter of the pixels to work on.
         x = F.relu(self.norm(self.pool(self.stem(x))))
         x = self.blocks(x)
-        x = x.flatten(2).transpose(1, 2)  # [B, H' W', dim]
+        x = x.flatten(2).transpose(1, 2).clone()  # [B, H' W', dim]; FSDP2 warns of outputs that are views
         return x, lengths * x.shape[1]
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from mmfast.data.modality import Audio, Image
 
 Floats = NDArray[np.float32]
+MAX_PIXELS = 1 << 28  # a damaged header must not ask for all memory
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
@@ -63,10 +64,14 @@ class Decoder(Protocol):
 def check_image(data: bytes) -> tuple[int, int]:
     """Height and width of a whole JPEG or PNG, upright; ``UndecodableError`` for anything else."""
     if data[:3] == b"\xff\xd8\xff":
-        return _check_jpeg(data)
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return _check_png(data)
-    raise UndecodableError("neither JPEG nor PNG")
+        height, width = _check_jpeg(data)
+    elif data[:8] == b"\x89PNG\r\n\x1a\n":
+        height, width = _check_png(data)
+    else:
+        raise UndecodableError("neither JPEG nor PNG")
+    if height * width > MAX_PIXELS:
+        raise UndecodableError(f"{width} x {height} pixels, more than {MAX_PIXELS}")
+    return height, width
 
 
 def _check_jpeg(data: bytes) -> tuple[int, int]:

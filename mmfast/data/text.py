@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -22,13 +23,15 @@ class TextEncoder:
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids int64 [n, max_tokens] and lengths int64 [n]."""
-        ids = torch.zeros(len(texts), self.max_tokens, dtype=torch.int64)
-        lengths = torch.zeros(len(texts), dtype=torch.int64)
-        for row, encoding in enumerate(self._tokenizer.encode_batch_fast(list(texts))):
-            tokens = encoding.ids
-            ids[row, : len(tokens)] = torch.tensor(tokens)
+        ids = np.zeros((len(texts), self.max_tokens), np.int64)
+        lengths = np.zeros(len(texts), np.int64)
+        for row, text in enumerate(
+            texts
+        ):  # one by one: a batch would start a thread pool, which forks dislike
+            tokens = self._tokenizer.encode(text).ids
+            ids[row, : len(tokens)] = tokens
             lengths[row] = len(tokens)
-        return ids, lengths
+        return torch.from_numpy(ids), torch.from_numpy(lengths)
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:

@@ -122,6 +122,13 @@ def test_random_bytes_never_crash_the_checks():
                     pass
 
 
+def test_a_header_that_asks_for_all_memory_is_refused():
+    data = bytearray(picture(1, "png", (20, 10)))
+    data[16:24] = b"\0\0\xff\xff" * 2
+    with pytest.raises(UndecodableError, match="65535 x 65535 pixels"):
+        check_image(bytes(data))
+
+
 def test_text_that_is_not_utf8_is_told_with_its_byte():
     assert check_text("größe".encode()) == "größe"
     with pytest.raises(UndecodableError, match="not UTF-8: byte 0xff at 3"):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -471,3 +472,12 @@ def test_batches_born_on_the_gpu_agree_with_the_cpus(folder):
         assert torch.equal(gpu["present"], cpu["present"]) and torch.equal(gpu["id"], cpu["id"])
         assert (gpu["audio"].cpu() - cpu["audio"]).abs().max() < 1e-3
         assert (gpu["image"].cpu() - cpu["image"]).abs().mean() < 0.05
+
+
+def test_the_guide_runs(tmp_path, monkeypatch, capsys):
+    guide = (Path(__file__).parents[2] / "docs/guides/loading.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in guide.split("```python\n")[1:]:
+        exec(block.partition("```")[0], names)
+    assert "10 samples, 3 steps" in capsys.readouterr().out

@@ -1,8 +1,8 @@
 // Binds a C++ function to an op's overload: `mmfast::bind<f>(m, "op.cpu")` inside STABLE_TORCH_LIBRARY_IMPL.
 //
-// The boxed call never compares C++ types with the schema: `float` for a schema's float reads 0, and so does `int`
-// for int. Only the types listed here are read rightly, and any other does not compile. A `Tensor?` has to be
-// optional<Tensor>, which nobody can check from here: the tests call every optional with None.
+// The boxed call never compares C++ types with the schema: `float` for a schema's float reads 0, and so does
+// `int` for int. Only the types listed here are read rightly, and any other does not compile. A `Tensor?` has
+// to be optional<Tensor>, which nobody can check from here: the tests call every optional with None.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

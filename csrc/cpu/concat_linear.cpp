@@ -1,13 +1,14 @@
 // concat_linear on the CPU: residual + tanh(gate) * activation(norm(cat(inputs)) @ weight.T + bias).
 //
-// Nothing is concatenated. A source with a row for every output row ("full") is multiplied by its own columns of the
-// weight straight into the output; a broadcast one ("pooled") is multiplied at its own size, and its rows are what
-// the output starts from. Under a norm, with x^ = (x - mean) rstd and u_i = W_i @ norm_weight_i,
+// Nothing is concatenated. A source with a row for every output row ("full") is multiplied by its own columns
+// of the weight straight into the output; a broadcast one ("pooled") is multiplied at its own size, and its
+// rows are what the output starts from. Under a norm, with x^ = (x - mean) rstd and u_i = W_i @
+// norm_weight_i,
 //
 //   x^_r @ (norm_weight W_i).T = rstd_r ((p - m) norm_weight) @ W_i.T + rstd_r (m - mean_r) u_i
 //
-// for a pooled row p of mean m (an absent one: p = m = 0), so that these too are multiplied once. Centring each row on
-// its own mean first keeps the difference exact however large the means are.
+// for a pooled row p of mean m (an absent one: p = m = 0), so that these too are multiplied once. Centring
+// each row on its own mean first keeps the difference exact however large the means are.
 #include <cmath>
 #include <map>
 
@@ -39,10 +40,14 @@ const RowKernels<T>& row_kernels() {
 }
 
 template <class T>
-T* data(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
 
 template <class T>
-const T* data(const Maybe& t) { return t ? static_cast<const T*>(t->data_ptr()) : nullptr; }
+const T* data(const Maybe& t) {
+  return t ? static_cast<const T*>(t->data_ptr()) : nullptr;
+}
 
 Maybe dense(const Maybe& t) { return t ? Maybe(mmfast::dense(*t)) : t; }
 
@@ -63,8 +68,8 @@ struct Problem {
   std::vector<std::vector<A>> squares;
   std::vector<std::vector<A>> u;  // [n][width]: W_i @ norm_weight_i, where it is needed
 
-  Problem(const Tensors& inputs, const Tensor& weight_, const Maybe& present, bool norm_, const Maybe& norm_weight_,
-          const Maybe& norm_bias_)
+  Problem(const Tensors& inputs, const Tensor& weight_, const Maybe& present, bool norm_,
+          const Maybe& norm_weight_, const Maybe& norm_bias_)
       : weight_tensor(mmfast::dense(weight_)),
         norm_weight_tensor(dense(norm_weight_)),
         norm_bias_tensor(dense(norm_bias_)),
@@ -85,14 +90,16 @@ struct Problem {
       if (present) {
         s.present.resize(batch);
         for (int64_t b = 0; b < batch; ++b)
-          s.present[b] = data<bool>(*present)[b * present->stride(0) + static_cast<int64_t>(i) * present->stride(1)];
+          s.present[b] =
+              data<bool>(*present)[b * present->stride(0) + static_cast<int64_t>(i) * present->stride(1)];
         if (s.always()) s.present.clear();
       }
       sources.push_back(std::move(s));
     }
     if (norm) {
       for (const auto& s : sources) take_moments(s);
-      for (const auto& s : sources) u.push_back(s.full && s.always() ? std::vector<A>() : project(s, norm_weight));
+      for (const auto& s : sources)
+        u.push_back(s.full && s.always() ? std::vector<A>() : project(s, norm_weight));
     }
   }
 
@@ -135,7 +142,8 @@ struct Problem {
     std::vector<A> wide_v(s.depth, v ? 0 : 1), out(width);
     if (v) kernels.accumulate(wide_v.data(), 1, v + s.column, s.depth);
     parallel_rows(width, s.depth, [&](int64_t begin, int64_t end) {
-      for (int64_t o = begin; o < end; ++o) out[o] = kernels.dot(weight.row(o) + s.column, wide_v.data(), s.depth);
+      for (int64_t o = begin; o < end; ++o)
+        out[o] = kernels.dot(weight.row(o) + s.column, wide_v.data(), s.depth);
     });
     return out;
   }
@@ -160,7 +168,8 @@ struct Problem {
   }
 
   // out[own rows of the block] = or += block @ right
-  void scatter(const Matrix<T>& out, const Block<T>& block, const Matrix<const T>& right, bool accumulate) const {
+  void scatter(const Matrix<T>& out, const Block<T>& block, const Matrix<const T>& right,
+               bool accumulate) const {
     if (!block.rows) {
       gemm(out.rows_from(block.first, block.x.rows), block.x, right, accumulate);
       return;
@@ -169,8 +178,10 @@ struct Problem {
     gemm(product.matrix(), block.x, right, false);
     parallel_rows(block.x.rows, out.columns, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
-        if (accumulate) kernels.add(out.row(block.rows[k]), product.row(k), out.columns);
-        else std::memcpy(out.row(block.rows[k]), product.row(k), out.columns * sizeof(T));
+        if (accumulate)
+          kernels.add(out.row(block.rows[k]), product.row(k), out.columns);
+        else
+          std::memcpy(out.row(block.rows[k]), product.row(k), out.columns * sizeof(T));
       }
     });
   }
@@ -266,8 +277,9 @@ Tensors forward(const Tensors& inputs, const Tensor& weight, const Maybe& bias_,
   return {out, preact, mean, rstd};
 }
 
-// Sums over output rows that read the same own row: sums[q] = sum of scale(r) * g_r over r with row_of(r) = q, where
-// row_of(r) = -1 leaves r out. Parts of fixed length, added in order: the same bits for any number of threads.
+// Sums over output rows that read the same own row: sums[q] = sum of scale(r) * g_r over r with row_of(r) =
+// q, where row_of(r) = -1 leaves r out. Parts of fixed length, added in order: the same bits for any number
+// of threads.
 template <class T, class A, class RowOf, class Scale>
 std::vector<A> row_sums(const RowKernels<T>& kernels, const Matrix<const T>& g, int64_t count, RowOf row_of,
                         Scale scale) {
@@ -286,7 +298,8 @@ std::vector<A> row_sums(const RowKernels<T>& kernels, const Matrix<const T>& g, 
   };
   std::vector<Part> parts;
   for (int64_t q = 0; q < count; ++q)
-    for (int64_t k = start[q]; k < start[q + 1]; k += PART) parts.push_back({q, k, std::min(k + PART, start[q + 1])});
+    for (int64_t k = start[q]; k < start[q + 1]; k += PART)
+      parts.push_back({q, k, std::min(k + PART, start[q + 1])});
   std::vector<A> partial(parts.size() * g.columns, 0), sums(count * g.columns, 0);
   parallel_rows(parts.size(), PART * g.columns, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k)
@@ -308,10 +321,10 @@ template <class T>
 struct Backward {
   using A = typename wide<T>::type;
   const Problem<T>& p;
-  Matrix<const T> g;      // of the linear part's output [rows, width]
+  Matrix<const T> g;  // of the linear part's output [rows, width]
   const A *mean, *rstd;
   const std::vector<bool>& needs;
-  Tensors& grads;         // [*inputs, weight, bias, norm_weight, norm_bias, gate]
+  Tensors& grads;                                    // [*inputs, weight, bias, norm_weight, norm_bias, gate]
   std::map<Shape, std::vector<A>> shared_sums = {};  // of g, by a source's own leading dimensions
 
   T* grad(size_t i) const { return data<T>(grads[i]); }
@@ -320,7 +333,8 @@ struct Backward {
   const std::vector<A>& sums(const Source<T>& s) {
     const auto [at, fresh] = shared_sums.try_emplace(s.sizes);
     if (fresh)
-      at->second = row_sums<T, A>(p.kernels, g, s.rows, [&](int64_t r) { return s.row(r); }, [](int64_t) { return A(1); });
+      at->second = row_sums<T, A>(
+          p.kernels, g, s.rows, [&](int64_t r) { return s.row(r); }, [](int64_t) { return A(1); });
     return at->second;
   }
 
@@ -336,23 +350,26 @@ struct Backward {
       return row_sums<T, A>(p.kernels, g, 1, [](int64_t) { return 0; }, [](int64_t) { return A(1); });
     const auto& [sizes, sums] = *shared_sums.begin();
     std::vector<A> out(p.width, 0);
-    for (int64_t q = 0; q < mmfast::product(sizes); ++q) row_kernels<A>().accumulate(out.data(), 1, &sums[q * p.width], p.width);
+    for (int64_t q = 0; q < mmfast::product(sizes); ++q)
+      row_kernels<A>().accumulate(out.data(), 1, &sums[q * p.width], p.width);
     return out;
   }
 
   // dx = g @ W_i at the visible rows, 0 at the others
   void input_product(const Source<T>& s, const T* rows, T* dx) const {
     if (!s.always()) std::memset(static_cast<void*>(dx), 0, s.rows * s.depth * sizeof(T));
-    each_block(s.with(rows, p.width), static_cast<const Centring<T>*>(nullptr), false, [&](const Block<T>& block) {
-      p.scatter(Matrix<T>{dx, s.rows, s.depth, s.depth}, block, p.columns(s), false);
-    });
+    each_block(s.with(rows, p.width), static_cast<const Centring<T>*>(nullptr), false,
+               [&](const Block<T>& block) {
+                 p.scatter(Matrix<T>{dx, s.rows, s.depth, s.depth}, block, p.columns(s), false);
+               });
   }
 
   // dW_i = g.T @ x, with x centred under a norm; `rows` holds g at the source's own size
   void weight_product(size_t i, const T* rows, T* dweight) const {
     const auto& s = p.sources[i];
     const Matrix<T> out{dweight + s.column, p.width, s.depth, p.depth};
-    const Centring<T> centring{p.kernels, s.full || !p.norm ? mean : p.means[i].data(), s.full ? rstd : nullptr, nullptr};
+    const Centring<T> centring{p.kernels, s.full || !p.norm ? mean : p.means[i].data(),
+                               s.full ? rstd : nullptr, nullptr};
     bool begun = false;  // in bfloat16 each further block would round the sum again
     each_block(s, p.norm ? &centring : nullptr, std::is_same_v<T, bf16>, [&](const Block<T>& block) {
       const Matrix<const T> all{rows, s.rows, p.width, p.width};
@@ -362,7 +379,8 @@ struct Backward {
         Buffer<T> picked(block.x.rows, p.width);
         for (int64_t k = 0; k < block.x.rows; ++k)
           std::memcpy(picked.row(k), all.row(block.rows[k]), p.width * sizeof(T));
-        gemm(out, Matrix<const T>{picked.data(), block.x.rows, p.width, p.width}.transposed(), block.x, begun);
+        gemm(out, Matrix<const T>{picked.data(), block.x.rows, p.width, p.width}.transposed(), block.x,
+             begun);
       }
       begun = true;
     });
@@ -420,7 +438,8 @@ struct Backward {
     if (needs[n + 3]) narrow(p.kernels, grad(n + 3), dnorm_bias.data(), p.depth);
   }
 
-  // With dy = g @ W and d = dy norm_weight: dx = rstd (d - avg(d) - x^ avg(d x^)), averages over the concatenation.
+  // With dy = g @ W and d = dy norm_weight: dx = rstd (d - avg(d) - x^ avg(d x^)), averages over the
+  // concatenation.
   void norm_inputs(const std::vector<std::optional<Buffer<T>>>& rows) {
     const size_t n = p.sources.size();
     std::vector<A> avg(2 * p.rows, 0);  // avg(d), avg(d x^) of each row
@@ -440,7 +459,8 @@ struct Backward {
           A* const sums = &avg[2 * r];
           const bool visible = p.visible(s, r);
           if (visible && s.full) {
-            p.kernels.norm_sums(sums, dx[i] + r * s.depth, x[i][r], mean[r], rstd[r], p.norm_weight_of(s), s.depth);
+            p.kernels.norm_sums(sums, dx[i] + r * s.depth, x[i][r], mean[r], rstd[r], p.norm_weight_of(s),
+                                s.depth);
             continue;
           }
           const A along = p.kernels.dot(g.row(r), p.u[i].data(), p.width);
@@ -466,9 +486,9 @@ struct Backward {
       parallel_rows(s.rows, s.depth, [&](int64_t begin, int64_t end) {
         for (int64_t q = begin; q < end; ++q)
           if (x[i][q])
-            p.kernels.norm_backward(dx[i] + q * s.depth, x[i][q], s.full ? mean[q] : p.means[i][q], s.full ? rstd[q] : 1,
-                                    p.norm_weight_of(s), s.full ? avg[2 * q] : a[q], s.full ? avg[2 * q + 1] : b[q],
-                                    s.depth);
+            p.kernels.norm_backward(dx[i] + q * s.depth, x[i][q], s.full ? mean[q] : p.means[i][q],
+                                    s.full ? rstd[q] : 1, p.norm_weight_of(s), s.full ? avg[2 * q] : a[q],
+                                    s.full ? avg[2 * q + 1] : b[q], s.depth);
       });
     }
   }
@@ -537,24 +557,31 @@ Tensors cast(const Tensors& ts, ScalarType type) {
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-Outputs concat_linear(Tensors inputs, Tensor weight, Maybe bias, Maybe present, std::optional<double> norm_eps,
-                      Maybe norm_weight, Maybe norm_bias, std::string activation, Maybe residual, Maybe gate,
-                      bool save) {
+Outputs concat_linear(Tensors inputs, Tensor weight, Maybe bias, Maybe present,
+                      std::optional<double> norm_eps, Maybe norm_weight, Maybe norm_bias,
+                      std::string activation, Maybe residual, Maybe gate, bool save) {
   const auto run = [&](auto zero, auto to) {
-    return forward<decltype(zero)>(to(inputs), to(weight), to(bias), present, norm_eps, to(norm_weight), to(norm_bias),
-                                   activation_of(activation), to(residual), to(gate), save);
+    return forward<decltype(zero)>(to(inputs), to(weight), to(bias), present, norm_eps, to(norm_weight),
+                                   to(norm_bias), activation_of(activation), to(residual), to(gate), save);
   };
   const auto as_is = [](const auto& t) { return t; };
   Tensors r;
   switch (weight.scalar_type()) {
-    case ScalarType::Float: r = run(float{}, as_is); break;
-    case ScalarType::Double: r = run(double{}, as_is); break;
-    case ScalarType::BFloat16: r = run(bf16{}, as_is); break;
+    case ScalarType::Float:
+      r = run(float{}, as_is);
+      break;
+    case ScalarType::Double:
+      r = run(double{}, as_is);
+      break;
+    case ScalarType::BFloat16:
+      r = run(bf16{}, as_is);
+      break;
     case ScalarType::Half:
       r = run(float{}, [](const auto& t) { return cast(t, ScalarType::Float); });
       r[0] = cast(r[0], ScalarType::Half), r[1] = cast(r[1], ScalarType::Half);
       break;
-    default: STD_TORCH_CHECK(false, "concat_linear: weight's dtype is not supported");
+    default:
+      STD_TORCH_CHECK(false, "concat_linear: weight's dtype is not supported");
   }
   return {r[0], r[1], r[2], r[3]};
 }
@@ -564,17 +591,22 @@ Tensors concat_linear_backward(Tensor grad, Tensors inputs, Tensor weight, Maybe
                                std::string activation, Maybe gate, Tensor preact, Tensor mean, Tensor rstd,
                                std::vector<bool> needs) {
   const auto run = [&](auto zero, auto to) {
-    return backward<decltype(zero)>(to(grad), to(inputs), to(weight), present, norm_eps, to(norm_weight), to(norm_bias),
-                                    activation_of(activation), to(gate), to(preact), mean, rstd, needs);
+    return backward<decltype(zero)>(to(grad), to(inputs), to(weight), present, norm_eps, to(norm_weight),
+                                    to(norm_bias), activation_of(activation), to(gate), to(preact), mean,
+                                    rstd, needs);
   };
   const auto as_is = [](const auto& t) { return t; };
   switch (weight.scalar_type()) {
-    case ScalarType::Float: return run(float{}, as_is);
-    case ScalarType::Double: return run(double{}, as_is);
-    case ScalarType::BFloat16: return run(bf16{}, as_is);
+    case ScalarType::Float:
+      return run(float{}, as_is);
+    case ScalarType::Double:
+      return run(double{}, as_is);
+    case ScalarType::BFloat16:
+      return run(bf16{}, as_is);
     case ScalarType::Half:
       return cast(run(float{}, [](const auto& t) { return cast(t, ScalarType::Float); }), ScalarType::Half);
-    default: STD_TORCH_CHECK(false, "concat_linear: weight's dtype is not supported");
+    default:
+      STD_TORCH_CHECK(false, "concat_linear: weight's dtype is not supported");
   }
 }
 

@@ -35,10 +35,10 @@ inline Tensor empty(const Shape& shape, ScalarType type) {
   int64_t stride = 1;
   for (size_t d = shape.size(); d-- > 0; stride *= std::max<int64_t>(shape[d], 1)) strides[d] = stride;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(),
-                                                         torch::stable::detail::to<int32_t>(
-                                                             torch::stable::detail::from(type)),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                               aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -71,7 +71,8 @@ struct Matrix {
 // f(begin, end) over rows of `width` elements, in parts that are worth a thread
 template <class F>
 void parallel_rows(int64_t rows, int64_t width, const F& f) {
-  if (rows > 0) torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(width, 1)), f);
+  if (rows > 0)
+    torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(width, 1)), f);
 }
 
 // out = a b, or out += a b. The shims see neither autocast nor autograd, and `out` may be a slice.

@@ -54,8 +54,10 @@ struct Source {
     size_t d = sizes.size() - 1;
     for (; d > 0; --d) {
       if (sizes[d] == 1) continue;
-      if (stride == 0 && run == 1) stride = strides[d];
-      else if (strides[d] != stride * run) break;
+      if (stride == 0 && run == 1)
+        stride = strides[d];
+      else if (strides[d] != stride * run)
+        break;
       run *= sizes[d];
     }
     if (outer) *outer = d, *count = run;
@@ -74,7 +76,8 @@ struct Source {
       if (visible(first)) {
         const T* p = data;
         for (size_t d = 0; d <= outer; ++d) p += index[d] * strides[d];
-        if (!out.empty() && out.back().first + out.back().count == first && out.back().data + out.back().count * stride == p)
+        if (!out.empty() && out.back().first + out.back().count == first &&
+            out.back().data + out.back().count * stride == p)
           out.back().count += count;
         else
           out.push_back({first, count, p});
@@ -109,13 +112,16 @@ inline Shape broadcast(const std::vector<Tensor>& tensors) {  // of the leading 
 
 // `t` with a dense last dimension: itself, or a copy.
 inline Tensor dense(const Tensor& t) {
-  return t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
+  return t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1
+             ? t
+             : torch::stable::contiguous(t);
 }
 
 template <class T>
 Source<T> source(const Tensor& t, int64_t column, const Shape& lead) {
   const size_t rank = t.dim() - 1, pad = lead.size() - rank;
-  Source<T> s{static_cast<const T*>(t.data_ptr()), t.size(rank), column, Shape(lead.size(), 1), Shape(lead.size(), 0)};
+  Source<T> s{static_cast<const T*>(t.data_ptr()), t.size(rank), column, Shape(lead.size(), 1),
+              Shape(lead.size(), 0)};
   for (size_t d = 0; d < rank; ++d) s.sizes[pad + d] = t.size(d), s.strides[pad + d] = t.stride(d);
   s.rows = product(s.sizes);
   s.full = s.sizes == lead;
@@ -147,8 +153,8 @@ struct Centring {
   const T* weight;       // of this source's columns, may be null
 };
 
-// Calls f(Block) for all visible rows. Long runs are used in place; short ones, and rows that have to be centred,
-// are packed, at most `limit` at a time. `single` packs what would otherwise be more than one block.
+// Calls f(Block) for all visible rows. Long runs are used in place; short ones, and rows that have to be
+// centred, are packed, at most `limit` at a time. `single` packs what would otherwise be more than one block.
 template <class T, class F>
 void each_block(const Source<T>& s, const Centring<T>* centring, bool single, F f) {
   const auto runs = s.runs();
@@ -169,10 +175,12 @@ void each_block(const Source<T>& s, const Centring<T>* centring, bool single, F 
     if (rows.empty()) return;
     parallel_rows(rows.size(), s.depth, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        if (!centring) std::memcpy(packed.row(i), from[i], s.depth * sizeof(T));
+        if (!centring)
+          std::memcpy(packed.row(i), from[i], s.depth * sizeof(T));
         else
           centring->kernels.normalize(packed.row(i), from[i], centring->mean[rows[i]],
-                                      centring->rstd ? centring->rstd[rows[i]] : 1, centring->weight, s.depth);
+                                      centring->rstd ? centring->rstd[rows[i]] : 1, centring->weight,
+                                      s.depth);
       }
     });
     const int64_t count = rows.size();

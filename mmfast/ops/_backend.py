@@ -70,6 +70,18 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(cast(t) for t in tensors)
 
 
+def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, one that comes twice (an input that is the residual too) as a view of itself the second time.
+
+    Dynamo traces no ``autograd.Function`` that is given the same tensor twice.
+    """
+    out: list[Tensor | None] = []
+    for t in tensors:
+        again = t is not None and any(t is seen for seen in out)
+        out.append(t.view_as(t) if again and t is not None else t)
+    return out
+
+
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
     """Forces every op in the process onto one backend: ``cpu``, ``triton``, ``cuda`` or ``reference``.

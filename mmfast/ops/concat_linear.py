@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mmfast.ops import reference
-from mmfast.ops._backend import autocast, choose, define
+from mmfast.ops._backend import autocast, choose, define, distinct
 
 ACTIVATIONS = ("none", "relu", "gelu", "silu", "swiglu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -78,7 +78,7 @@ def concat_linear(
             gate=gate,
         )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        out: Tensor = _ConcatLinear.apply(backend, norm_eps, activation, present, *tensors)
+        out: Tensor = _ConcatLinear.apply(backend, norm_eps, activation, present, *distinct(*tensors))
         return out
     out, _, _, _ = _FORWARD[backend](
         inputs, weight, bias, present, norm_eps, norm_weight, norm_bias, activation, residual, gate, False

@@ -101,7 +101,9 @@ def problems(draw):
         keep = draw(st.integers(0, len(lead)))  # missing leading dimensions broadcast
         own = [draw(st.sampled_from([size, size, 1])) for size in lead[len(lead) - keep :]]
         shapes.append((*own, draw(st.sampled_from([0, 1, 7, 16, 33]))))
-        layouts.append(draw(st.sampled_from(["dense", "sliced", "swapped", "stepped", "expanded", "reversed"])))
+        layouts.append(
+            draw(st.sampled_from(["dense", "sliced", "swapped", "stepped", "expanded", "reversed"]))
+        )
     lead = torch.broadcast_shapes(*[shape[:-1] for shape in shapes])
     arguments = example(
         shapes,
@@ -189,7 +191,13 @@ def test_what_is_visible_propagates_nan(name):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize(
     "shapes",
-    [((0, 5, 8), (0, 1, 6)), ((3, 0, 8), (3, 1, 6)), ((3, 5, 0), (3, 1, 0)), ((3, 5, 0), (3, 1, 4)), ((0, 8),)],
+    [
+        ((0, 5, 8), (0, 1, 6)),
+        ((3, 0, 8), (3, 1, 6)),
+        ((3, 5, 0), (3, 1, 0)),
+        ((3, 5, 0), (3, 1, 4)),
+        ((0, 8),),
+    ],
 )
 def test_zero_rows_and_zero_features(name, shapes):
     for options in OPTIONS.values():
@@ -198,7 +206,9 @@ def test_zero_rows_and_zero_features(name, shapes):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_zero_rows_compiled(name):
-    check(compiled(on(name)), reference.concat_linear, example(((0, 5, 8), (0, 1, 6)), norm=True), torch.float32)
+    check(
+        compiled(on(name)), reference.concat_linear, example(((0, 5, 8), (0, 1, 6)), norm=True), torch.float32
+    )
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -277,7 +287,9 @@ def test_the_same_bits_every_time(name):
 @pytest.mark.parametrize("name", KERNELS)
 def test_double_backward_is_refused(name):
     arguments = cast(example(), torch.float32)
-    (gradient,) = torch.autograd.grad(on(name)(**arguments).square().sum(), arguments["weight"], create_graph=True)
+    (gradient,) = torch.autograd.grad(
+        on(name)(**arguments).square().sum(), arguments["weight"], create_graph=True
+    )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
@@ -331,12 +343,18 @@ ERRORS = {
     "inputs is a Tensor, wanted a list or tuple of tensors": (TypeError, {"inputs": torch.zeros(3, 8)}),
     "inputs[0] is a float, wanted a tensor": (TypeError, {"inputs": [1.0]}),
     "inputs is empty, wanted at least one tensor": (ValueError, {"inputs": []}),
-    "activation is 'tanh', wanted one of none, relu, gelu, silu, swiglu": (ValueError, {"activation": "tanh"}),
+    "activation is 'tanh', wanted one of none, relu, gelu, silu, swiglu": (
+        ValueError,
+        {"activation": "tanh"},
+    ),
     "weight is [12, 17], wanted 18 columns, the inputs' features being 8 + 6 + 4": (
         ValueError,
         {"weight": torch.zeros(12, 17)},
     ),
-    "weight is [18], wanted [O, sum of the inputs' last dimensions]": (ValueError, {"weight": torch.zeros(18)}),
+    "weight is [18], wanted [O, sum of the inputs' last dimensions]": (
+        ValueError,
+        {"weight": torch.zeros(18)},
+    ),
     "weight is [3, 18], wanted an even number of rows for swiglu: two halves": (
         ValueError,
         {"weight": torch.zeros(3, 18), "activation": "swiglu", "bias": None},

@@ -1,4 +1,5 @@
-// Row kernels in the vectors of one instruction set. No torch header and no linkage but MM_ENTRY: see dispatch.h.
+// Row kernels in the vectors of one instruction set. No torch header and no linkage but MM_ENTRY: see
+// dispatch.h.
 #include "rows.h"
 
 using mmfast::Activation, mmfast::bf16, mmfast::RowKernels, mmfast::RowType;
@@ -59,13 +60,17 @@ struct Part {
 
 template <class T>
 Vec<T> load(const T* p, Whole) {
-  if constexpr (sizeof(T) == 2) return widen(bits<Half>(p, BYTES / 4));
-  else return bits<Vec<T>>(p, lanes<T>);
+  if constexpr (sizeof(T) == 2)
+    return widen(bits<Half>(p, BYTES / 4));
+  else
+    return bits<Vec<T>>(p, lanes<T>);
 }
 template <class T>
 Vec<T> load(const T* p, Part part) {
-  if constexpr (sizeof(T) == 2) return widen(bits<Half>(p, part.count));
-  else return bits<Vec<T>>(p, part.count);
+  if constexpr (sizeof(T) == 2)
+    return widen(bits<Half>(p, part.count));
+  else
+    return bits<Vec<T>>(p, part.count);
 }
 template <class T>
 void put(T* p, Vec<T> v, int64_t count) {
@@ -77,9 +82,13 @@ void put(T* p, Vec<T> v, int64_t count) {
   }
 }
 template <class T>
-void store(T* p, Vec<T> v, Whole) { put(p, v, lanes<T>); }
+void store(T* p, Vec<T> v, Whole) {
+  put(p, v, lanes<T>);
+}
 template <class T>
-void store(T* p, Vec<T> v, Part part) { put(p, v, part.count); }
+void store(T* p, Vec<T> v, Part part) {
+  put(p, v, part.count);
+}
 
 // f(first, Whole or Part) over a row of n
 template <class T, class F>
@@ -96,7 +105,8 @@ auto total(V v) {
   return sum;
 }
 
-// 2^n * p(r) with x = n ln 2 + r, |r| <= ln 2 / 2: Taylor's series to degree 7. 2^n in two factors reaches inf and 0.
+// 2^n * p(r) with x = n ln 2 + r, |r| <= ln 2 / 2: Taylor's series to degree 7. 2^n in two factors reaches
+// inf and 0.
 Float exp(Float x) {
   x = x > 89.f ? Float{} + 89.f : x;
   x = x < -104.f ? Float{} - 104.f : x;
@@ -145,16 +155,22 @@ Double erf(Double x) {
 }
 
 template <class V>
-V sigmoid(V x) { return 1 / (1 + exp(-x)); }
+V sigmoid(V x) {
+  return 1 / (1 + exp(-x));
+}
 
 template <class V>
 V activate(Activation activation, V x) {
   switch (activation) {
-    case Activation::relu: return x < 0 ? V{} : x;
-    case Activation::gelu: return x * 0.5f * (1 + erf(x * static_cast<decltype(x[0] + 0)>(0.70710678118654752)));
+    case Activation::relu:
+      return x < 0 ? V{} : x;
+    case Activation::gelu:
+      return x * 0.5f * (1 + erf(x * static_cast<decltype(x[0] + 0)>(0.70710678118654752)));
     case Activation::silu:
-    case Activation::swiglu: return x / (1 + exp(-x));
-    default: return x;
+    case Activation::swiglu:
+      return x / (1 + exp(-x));
+    default:
+      return x;
   }
 }
 
@@ -162,17 +178,22 @@ template <class V>
 V slope(Activation activation, V x) {
   using A = decltype(x[0] + 0);
   switch (activation) {
-    case Activation::relu: return x <= 0 ? V{} : V{} + 1;
+    case Activation::relu:
+      return x <= 0 ? V{} : V{} + 1;
     case Activation::gelu:
-      return (1 + erf(x * A(0.70710678118654752))) * A(0.5) + x * exp(x * x * A(-0.5)) * A(0.39894228040143268);
+      return (1 + erf(x * A(0.70710678118654752))) * A(0.5) +
+             x * exp(x * x * A(-0.5)) * A(0.39894228040143268);
     case Activation::silu:
-    case Activation::swiglu: return sigmoid(x) * (1 + x * (1 - sigmoid(x)));
-    default: return V{} + 1;
+    case Activation::swiglu:
+      return sigmoid(x) * (1 + x * (1 - sigmoid(x)));
+    default:
+      return V{} + 1;
   }
 }
 
 template <class T>
-void combine(T* out, const T* extra, int64_t count, const Acc<T>* const* terms, const Acc<T>* scales, int64_t n) {
+void combine(T* out, const T* extra, int64_t count, const Acc<T>* const* terms, const Acc<T>* scales,
+             int64_t n) {
   sweep<T>(n, [&](int64_t c, auto part) {
     Vec<T> sum{};
     if (extra) sum = load(extra + c, part);
@@ -183,7 +204,9 @@ void combine(T* out, const T* extra, int64_t count, const Acc<T>* const* terms, 
 
 template <class T>
 void accumulate(Acc<T>* sum, Acc<T> scale, const T* x, int64_t n) {
-  sweep<T>(n, [&](int64_t c, auto part) { store(sum + c, load(sum + c, part) + scale * load(x + c, part), part); });
+  sweep<T>(n, [&](int64_t c, auto part) {
+    store(sum + c, load(sum + c, part) + scale * load(x + c, part), part);
+  });
 }
 
 template <class T>
@@ -210,7 +233,8 @@ void epilogue_of(T* out, const T* preact, const Acc<T>* gate, const T* residual,
 }
 
 template <class T, Activation activation>
-void epilogue_backward_of(T* dpreact, Acc<T>* dgate, const T* grad, const T* preact, const Acc<T>* gate, int64_t n) {
+void epilogue_backward_of(T* dpreact, Acc<T>* dgate, const T* grad, const T* preact, const Acc<T>* gate,
+                          int64_t n) {
   constexpr bool glu = activation == Activation::swiglu;
   sweep<T>(n, [&](int64_t c, auto part) {
     const Vec<T> g = load(grad + c, part), x = load(preact + c, part);
@@ -225,17 +249,23 @@ void epilogue_backward_of(T* dpreact, Acc<T>* dgate, const T* grad, const T* pre
   });
 }
 
-#define MM_BY_ACTIVATION(f, ...)                                                    \
-  switch (activation) {                                                             \
-    case Activation::none: return f<T, Activation::none>(__VA_ARGS__);              \
-    case Activation::relu: return f<T, Activation::relu>(__VA_ARGS__);              \
-    case Activation::gelu: return f<T, Activation::gelu>(__VA_ARGS__);              \
-    case Activation::silu: return f<T, Activation::silu>(__VA_ARGS__);              \
-    case Activation::swiglu: return f<T, Activation::swiglu>(__VA_ARGS__);          \
+#define MM_BY_ACTIVATION(f, ...)                    \
+  switch (activation) {                             \
+    case Activation::none:                          \
+      return f<T, Activation::none>(__VA_ARGS__);   \
+    case Activation::relu:                          \
+      return f<T, Activation::relu>(__VA_ARGS__);   \
+    case Activation::gelu:                          \
+      return f<T, Activation::gelu>(__VA_ARGS__);   \
+    case Activation::silu:                          \
+      return f<T, Activation::silu>(__VA_ARGS__);   \
+    case Activation::swiglu:                        \
+      return f<T, Activation::swiglu>(__VA_ARGS__); \
   }
 
 template <class T>
-void epilogue(T* out, const T* preact, const Acc<T>* gate, const T* residual, Activation activation, int64_t n) {
+void epilogue(T* out, const T* preact, const Acc<T>* gate, const T* residual, Activation activation,
+              int64_t n) {
   MM_BY_ACTIVATION(epilogue_of, out, preact, gate, residual, n)
 }
 
@@ -247,7 +277,9 @@ void epilogue_backward(T* dpreact, Acc<T>* dgate, const T* grad, const T* preact
 
 // Lanes past the end of a row must not count: a vector of ones up to there.
 template <class T>
-Vec<T> inside(Whole) { return Vec<T>{} + 1; }
+Vec<T> inside(Whole) {
+  return Vec<T>{} + 1;
+}
 template <class T>
 Vec<T> inside(Part part) {
   Vec<T> v{};
@@ -269,7 +301,9 @@ void moments(const T* x, Acc<T>* mean, Acc<T>* m2, int64_t n) {
 }
 
 template <class T>
-Vec<T> weight_of(const T* weight, int64_t c, auto part) { return weight ? load(weight + c, part) : inside<T>(part); }
+Vec<T> weight_of(const T* weight, int64_t c, auto part) {
+  return weight ? load(weight + c, part) : inside<T>(part);
+}
 
 template <class T>
 void normalize(T* out, const T* x, Acc<T> mean, Acc<T> rstd, const T* weight, int64_t n) {
@@ -291,7 +325,8 @@ void norm_sums(Acc<T>* sums, const T* dy, const T* x, Acc<T> mean, Acc<T> rstd, 
 }
 
 template <class T>
-void norm_backward(T* dx, const T* x, Acc<T> mean, Acc<T> rstd, const T* weight, Acc<T> a, Acc<T> b, int64_t n) {
+void norm_backward(T* dx, const T* x, Acc<T> mean, Acc<T> rstd, const T* weight, Acc<T> a, Acc<T> b,
+                   int64_t n) {
   sweep<T>(n, [&](int64_t c, auto part) {
     const Vec<T> normed = (load(x + c, part) - mean) * rstd;
     store(dx + c, rstd * (load(dx + c, part) * weight_of(weight, c, part) - a - normed * b), part);
@@ -299,7 +334,8 @@ void norm_backward(T* dx, const T* x, Acc<T> mean, Acc<T> rstd, const T* weight,
 }
 
 template <class T>
-void norm_weights(T* z, Acc<T>* dweight, const T* w, Acc<T> k, Acc<T> c, const T* weight, const T* bias, int64_t n) {
+void norm_weights(T* z, Acc<T>* dweight, const T* w, Acc<T> k, Acc<T> c, const T* weight, const T* bias,
+                  int64_t n) {
   sweep<T>(n, [&](int64_t i, auto part) {
     Vec<T> v = load(z + i, part) + k;
     if (dweight) store(dweight + i, load(dweight + i, part) + load(w + i, part) * v, part);
@@ -310,16 +346,19 @@ void norm_weights(T* z, Acc<T>* dweight, const T* w, Acc<T> k, Acc<T> c, const T
 }
 
 template <class T>
-constexpr RowKernels<T> kernels = {
-    combine<T>, accumulate<T>, add<T>,       dot<T>,           epilogue<T>,    epilogue_backward<T>,
-    moments<T>, normalize<T>,  norm_sums<T>, norm_backward<T>, norm_weights<T>};
+constexpr RowKernels<T> kernels = {combine<T>,   accumulate<T>,        add<T>,         dot<T>,
+                                   epilogue<T>,  epilogue_backward<T>, moments<T>,     normalize<T>,
+                                   norm_sums<T>, norm_backward<T>,     norm_weights<T>};
 
 }  // namespace
 
 extern "C" const void* MM_ENTRY(mmfast_rows)(RowType type) {
   switch (type) {
-    case RowType::f32: return &kernels<float>;
-    case RowType::f64: return &kernels<double>;
-    default: return &kernels<bf16>;
+    case RowType::f32:
+      return &kernels<float>;
+    case RowType::f64:
+      return &kernels<double>;
+    default:
+      return &kernels<bf16>;
   }
 }

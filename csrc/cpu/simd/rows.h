@@ -1,6 +1,7 @@
 // Kernels on one row, as csrc/cpu/simd/rows.cpp compiles them for each instruction set.
 //
-// Types and pointers only: an inline function here could be kept by the linker in its widest copy, for everyone.
+// Types and pointers only: an inline function here could be kept by the linker in its widest copy, for
+// everyone.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +35,8 @@ struct RowKernels {
   void (*add)(T* out, const T* x, int64_t n);
   A (*dot)(const T* x, const A* y, int64_t n);
   // out = residual + gate * activation(preact); swiglu reads 2 n of preact. out may be preact.
-  void (*epilogue)(T* out, const T* preact, const A* gate, const T* residual, Activation activation, int64_t n);
+  void (*epilogue)(T* out, const T* preact, const A* gate, const T* residual, Activation activation,
+                   int64_t n);
   // dpreact = grad * gate * activation'(preact);  dgate += grad * activation(preact)
   void (*epilogue_backward)(T* dpreact, A* dgate, const T* grad, const T* preact, const A* gate,
                             Activation activation, int64_t n);
@@ -46,7 +48,8 @@ struct RowKernels {
   void (*norm_sums)(A* sums, const T* dy, const T* x, A mean, A rstd, const T* weight, int64_t n);
   // dx = rstd * (dy * weight - a - (x - mean) * rstd * b), dy in dx
   void (*norm_backward)(T* dx, const T* x, A mean, A rstd, const T* weight, A a, A b, int64_t n);
-  // z += k;  dweight += w * z;  z = z * weight + c * bias: one output's row of the weight gradient under a norm
+  // z += k;  dweight += w * z;  z = z * weight + c * bias: one output's row of the weight gradient under a
+  // norm
   void (*norm_weights)(T* z, A* dweight, const T* w, A k, A c, const T* weight, const T* bias, int64_t n);
 };
 

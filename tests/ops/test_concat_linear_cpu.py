@@ -1,0 +1,192 @@
+"""What only the C++ kernels of concat_linear promise: instruction sets, memory, and what the library may contain."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from check import ROOT, cast, check, isas, python
+from test_concat_linear import ACTIVATIONS, OPTIONS, example, on
+
+from mmfast import _native
+from mmfast.ops import available, reference
+
+pytestmark = pytest.mark.skipif(
+    available("concat_linear", "cpu")["cpu"] != "ready", reason="the native CPU library is not there"
+)
+ISAS = isas() if _native.cpu else []
+
+
+@pytest.fixture
+def isa(request):
+    before = _native.isa()
+    yield _native.isa(request.param)
+    _native.isa(before)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_instruction_set_is_as_exact(isa, activation):
+    shapes = ((3, 35, 19), (3, 1, 6), (1, 35, 33))  # widths that are no multiple of a vector
+    dtypes = [torch.float32, torch.float64, torch.bfloat16]
+    if activation == "relu":
+        dtypes.pop()  # rounding carries a value across the corner, in one of the two and not in the other
+    for options in ({}, OPTIONS["everything"] | {"gate": 37}):
+        for dtype in dtypes:
+            arguments = example(shapes, 37, activation=activation, **options)
+            check(on("cpu"), reference.concat_linear, arguments, dtype)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize(
+    "activation", [a for a in ACTIVATIONS if a != "relu"]
+)  # a step would cross its corner
+def test_directional_derivatives_in_float32(isa, activation):
+    """The gradient along a direction is the slope of the kernel's own output along it."""
+    arguments = cast(example(activation=activation, **OPTIONS["everything"]), torch.float32)
+    leaves = [
+        *arguments["inputs"],
+        *(t for t in arguments.values() if torch.is_tensor(t) and t.requires_grad),
+    ]
+    ways = [torch.randn_like(t) for t in leaves]
+    grad = torch.randn_like(on("cpu")(**arguments))
+    gradients = torch.autograd.grad(on("cpu")(**arguments), leaves, grad)
+    slope = sum((g.double() * way).sum() for g, way in zip(gradients, ways, strict=True))
+    size = sum((g.double() * way).abs().sum() for g, way in zip(gradients, ways, strict=True))
+
+    def along(step):
+        with torch.no_grad():
+            for t, way in zip(leaves, ways, strict=True):
+                t += step * way
+            out = on("cpu")(**arguments).double()
+            for t, way in zip(leaves, ways, strict=True):
+                t -= step * way
+        return (out * grad).sum()
+
+    step = 2.0**-9
+    assert abs((along(step) - along(-step)) / (2 * step) - slope) < 2e-3 * size
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_activations_hold_from_one_end_of_float32_to_the_other(isa):
+    x = torch.cat(
+        [torch.linspace(-120, 120, 40001), torch.logspace(-38, 38, 2000), -torch.logspace(-38, 38, 2000)]
+    )
+    x = torch.cat([x, torch.tensor([0.0, torch.inf, -torch.inf, torch.nan])]).unsqueeze(1)
+    for activation in ("relu", "gelu", "silu"):
+        for options in ({}, {"gate": torch.ones(1)}):
+            arguments = {"inputs": [x], "weight": torch.ones(1, 1), "activation": activation} | options
+            ours = on("cpu")(**arguments)
+            meant = reference.concat_linear(**cast(arguments, torch.float64))
+            fine = meant.isfinite()
+            torch.testing.assert_close(ours[~fine].double(), meant[~fine], equal_nan=True)
+            error = (ours.double() - meant)[fine].abs()
+            assert (error <= 8 * torch.finfo(torch.float32).eps * meant[fine].abs() + 1e-6).all(), activation
+
+
+def test_the_environment_names_an_instruction_set():
+    for isa in ISAS[:1]:
+        assert python("from mmfast import _native; print(_native.isa())", MMFAST_ISA=isa).strip() == isa
+    with pytest.raises(ValueError, match="instruction set 'avx1024'"):
+        _native.isa("avx1024")
+
+
+def test_a_mean_far_from_zero_does_not_cost_the_norm_its_digits():
+    arguments = example(((4, 40, 64), (4, 1, 32), (1, 40, 16)), present=True, norm=True)
+    with torch.no_grad():
+        for x, offset in zip(arguments["inputs"], (1000, -300, 1000), strict=True):
+            x += offset
+    check(on("cpu"), reference.concat_linear, arguments, torch.float32)
+
+
+def test_any_number_of_threads_is_as_exact_and_repeats_its_bits():
+    arguments = cast(
+        example(((6, 50, 64), (6, 1, 32)), 48, **OPTIONS["everything"] | {"gate": 48}), torch.float32
+    )
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        outs = [on("cpu")(**arguments) for _ in range(2)]
+        gradients = [torch.autograd.grad(out.sum(), arguments["weight"])[0] for out in outs]
+        assert torch.equal(*outs) and torch.equal(*gradients)
+        check(on("cpu"), reference.concat_linear, arguments, torch.float32)
+    torch.set_num_threads(before)
+
+
+PEAK = """
+import torch
+from mmfast.ops import backend, concat_linear
+def peak():  # MiB since the last call
+    kib = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    open("/proc/self/clear_refs", "w").write("5")
+    return kib / 1024
+def now(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1024
+torch.set_num_threads(2)
+sizes = [768, 512, 128]
+weight = torch.randn(768, 1408, requires_grad=True)
+def step(rows):
+    xs = [torch.randn(rows, 196, d, requires_grad=True) for d in sizes]
+    grad = torch.randn(rows, 196, 768)
+    peak(); before = now()
+    with backend("BACKEND"): out = concat_linear(xs, weight)
+    forward = peak() - before; before = now()
+    out.backward(grad)
+    return forward, peak() - before
+step(2)
+print(*step(32))
+"""
+
+
+def test_all_dense_makes_no_concatenated_tensor():
+    """[32, 196, 1408] in float32 is 34 MiB; the output 18 MiB; all gradients 34 + 4 MiB."""
+    forward, backward = map(float, python(PEAK.replace("BACKEND", "cpu")).split())
+    assert forward < 18.4 + 10, forward
+    assert backward < 37.6 + 10, backward
+
+
+def test_a_peer_that_concatenates_is_seen_to():
+    forward, backward = map(float, python(PEAK.replace("BACKEND", "reference")).split())
+    assert forward > 18.4 + 30, forward
+
+
+def test_files_for_wide_instruction_sets_leak_no_symbol():
+    """An inline function compiled for AVX-512 could be the copy that the linker keeps for every processor."""
+    objects = sorted((ROOT / "build").glob("*/CMakeFiles/simd_*.dir/**/*.o"))
+    if not (objects and shutil.which("nm")):
+        pytest.skip("installed without its build folder, or no nm")
+    for path in objects:
+        lines = subprocess.run(
+            ["nm", "-C", path], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        found = [(line.split()[-2], line.split()[-1]) for line in lines if len(line.split()) >= 2]
+        assert not [name for kind, name in found if kind in "WwVvu"], path
+        public = [name for kind, name in found if kind in "TBDR"]
+        assert len(public) == 1 and public[0].startswith("mmfast_"), (path, public)
+
+
+def test_simd_files_include_no_torch_header():
+    allowed = re.compile(r'#include (<immintrin\.h>|<cstdint>|"[a-z_]+\.h")$')
+    for path in [*(ROOT / "csrc/cpu/simd").glob("*.cpp"), ROOT / "csrc/cpu/simd/rows.h"]:
+        for line in path.read_text().splitlines():
+            assert not line.startswith("#include") or allowed.match(line), (path, line)
+
+
+def test_an_argument_type_that_would_be_read_wrongly_does_not_compile(tmp_path):
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if not compiler:
+        pytest.skip("no C++ compiler")
+    include = Path(torch.__file__).parent / "include"
+    for kind, fine in (("double", True), ("float", False), ("int", False)):
+        (tmp_path / "op.cpp").write_text(
+            f'#include "{ROOT}/csrc/cpu/box.h"\n'
+            f"static torch::stable::Tensor f(torch::stable::Tensor x, {kind}) {{ return x; }}\n"
+            'STABLE_TORCH_LIBRARY_IMPL(mmfast_test, CPU, m) { mmfast::bind<&f>(m, "f"); }\n'
+        )
+        command = [compiler, "-std=c++20", "-fsyntax-only", f"-isystem{include}", str(tmp_path / "op.cpp")]
+        done = subprocess.run(
+            [*command, "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"], capture_output=True, text=True
+        )
+        assert (done.returncode == 0) == fine, done.stderr[-2000:]
+        assert fine or "take Tensor, int64_t, double" in done.stderr

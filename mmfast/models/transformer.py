@@ -13,7 +13,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Ten
     """Attention of [B, H, T, D] over the keys that ``visible``, bool [B, 1, 1, T], shows; one at least."""
     if not query.is_cpu:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
-    # At the hundred steps of a clip, PyTorch's fused CPU kernel takes 4 times as long as this in bf16, forward
+    # At a hundred steps PyTorch's fused CPU kernel takes 4 times as long as this in bf16, forward
     # and backward, and as long in fp32.
     query, key, value, heads = *(x.flatten(0, 1) for x in (query, key, value)), query.shape[1]  # [B H, T, D]
     hidden = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, -math.inf)

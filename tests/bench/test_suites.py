@@ -1,0 +1,99 @@
+"""The suites: every variant computes the op, and pytest-benchmark holds the very rounds that were recorded."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mmfast import ops
+from mmfast.bench import bench_concat_linear as suite
+from mmfast.bench.measure import measure
+from mmfast.bench.report import Record
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(suite, "OUT", 8)
+    monkeypatch.setattr(
+        suite,
+        "MIXES",
+        {name: tuple((4, min(t, 3), d // 64) for _, t, d in shapes) for name, shapes in suite.MIXES.items()},
+    )
+    monkeypatch.setattr(suite.torch, "compile", lambda call, **_: call)
+    return {str(work): work for work in suite.works("cpu")}
+
+
+@pytest.mark.parametrize("name", [str(work) for work in suite.works("cpu")])
+def test_every_variant_computes_what_it_is_measured_for(tiny, name):
+    work = replace(tiny[name], weigh=None)  # a fresh process would weigh the full size
+    result = measure(work, seconds=0, rounds=(1, 1))
+    assert list(result.seconds)[1:] == ["eager", "compiled", "split"]
+
+
+TINY = """
+import torch
+from mmfast.bench.measure import Work
+
+def works():
+    return [Work("work", {"ours": torch.exp, "peer": torch.exp}, lambda seed: (torch.ones(3) * seed,), torch.exp)]
+
+def test_tiny(measured, variant, rounds, benchmark):
+    rounds(benchmark)
+"""
+
+
+def bench(folder, *options):
+    (folder / "conftest.py").write_text((ROOT / "bench" / "conftest.py").read_text())
+    (folder / "bench_tiny.py").write_text(TINY)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--benchmark-only",
+        "--seconds",
+        "0",
+    ]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*command, *options], cwd=folder, env=env, capture_output=True, text=True, check=False
+    )
+
+
+def test_pytest_benchmark_holds_the_recorded_rounds(tmp_path):
+    done = bench(tmp_path, "--results", "kept", "--benchmark-json", "all.json")
+    assert done.returncode == 0, done.stdout
+    (path,) = (tmp_path / "kept").iterdir()
+    (result,) = Record.load(path).results
+    held = {b["params"]["variant"]: b for b in json.loads((tmp_path / "all.json").read_text())["benchmarks"]}
+    for variant, seconds in result.seconds.items():
+        assert held[variant]["stats"]["data"] == pytest.approx(seconds)
+        assert held[variant]["extra_info"]["over_ours"]["median"] == result.ratio(variant).median
+    low, median, high = result.ratio("peer")
+    assert f"{median:.2f}x ({low:.2f}-{high:.2f})" in done.stdout
+
+
+def test_a_part_of_a_run_is_shown_and_not_recorded(tmp_path):
+    done = bench(tmp_path, "-k", "peer")
+    assert done.returncode == 0 and "not recorded: a part was left out" in done.stdout
+
+
+def weighed(variant):
+    (work,) = (w for w in suite.works("cpu") if str(w) == "pooled relu forward float32")
+    return work.weigh(variant)
+
+
+def test_concat_linear_never_holds_the_concatenation():
+    if ops.available("concat_linear", "cpu")["cpu"] != "ready":
+        pytest.skip("no native code here: plain PyTorch concatenates")
+    output, concatenation = (32 * 196 * width * 4 for width in (768, 768 + 512 + 128))
+    assert weighed("mmfast cpu") < output + concatenation / 10
+    assert weighed("eager") > output + 0.9 * concatenation

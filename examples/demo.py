@@ -14,20 +14,20 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from mmfast.bench.stock_loop import StockLoop
 from rich.console import Console
 from rich.table import Table
 
 from mmfast.bench.accuracy import learn, majority, variants
+from mmfast.bench.stock_loop import StockLoop
 from mmfast.data import Data
 from mmfast.data.prepare import digits, stamps
 from mmfast.errors import UserError
-from mmfast.train import Config, load_config
+from mmfast.train import Config, build, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 TURNS = 4  # of the stock loop
 CHUNK = 15  # steps of one loop before the other has its turn
-WARM = 5  # steps after each turn that are not counted: batches fetched ahead during the other's turn
+WARM = 5  # steps of ours in a turn that are not counted: their batches were made during the other's turn
 
 
 def prepared(dataset: str) -> str:
@@ -52,23 +52,23 @@ class Race:
 
     def __init__(self, config: Config, turns: int) -> None:
         """The stock loop trains the same model from the same initial weights."""
-        self.stock = StockLoop(config)
+        self.stock = StockLoop(config.data, build(config)[0], config.trainer)
+        self.batch_size = config.trainer.batch_size
         self.turns = turns
-        self.seconds: list[float] = []
 
     def on_step(self, number: int) -> None:
         """Hand over when the turn is up."""
+        if number == 1:
+            self.stock.steps(WARM)
+            self.stock.seconds = 0.0
         if number % CHUNK == 0 and number // CHUNK <= self.turns:
-            self.seconds += self.stock.steps(CHUNK)
+            self.stock.steps(CHUNK)
 
-    def speeds(self, ours: list[float], batch_size: int) -> tuple[float, float]:
+    def speeds(self, step_seconds: list[float]) -> tuple[float, float]:
         """Samples per second, ours and the stock loop's, over the turns that both had."""
-        taken = len(self.seconds)
-        rates = []
-        for seconds in (ours[:taken], self.seconds):
-            counted = [s for i, s in enumerate(seconds) if i % CHUNK >= WARM]
-            rates.append(batch_size * len(counted) / sum(counted))
-        return rates[0], rates[1]
+        counted = [s for i, s in enumerate(step_seconds[: self.turns * CHUNK]) if i % CHUNK >= WARM]
+        ours = self.batch_size * len(counted) / sum(counted)
+        return ours, self.batch_size * self.turns * CHUNK / self.stock.seconds
 
 
 def say(summary: dict[str, Any]) -> None:
@@ -138,7 +138,7 @@ def run(dataset: str, steps: int | None, out: Path, quiet: bool) -> dict[str, An
         if key.endswith(" alone")
     }
     article = learn(jobs["article"], quiet=quiet)
-    ours, stock = race.speeds(together.step_seconds, config.trainer.batch_size)
+    ours, stock = race.speeds(together.step_seconds)
     summary = {
         "dataset": name,
         "steps": config.trainer.max_steps,

@@ -29,6 +29,7 @@ from torchvision.transforms import v2
 from mmfast import ops
 from mmfast.data import Audio, DataConfig, Dataset, Image, Modality, Text
 from mmfast.data.text import open_tokenizer
+from mmfast.train import TrainerConfig
 
 Sample = dict[str, Any]
 FOREVER = 2**40  # samples: an endless loader has no pause between epochs
@@ -41,25 +42,25 @@ class StockLoop:
         self,
         config: DataConfig,
         model: nn.Module,
+        trainer: TrainerConfig,
         *,
-        batch_size: int,
-        lr: float,
-        weight_decay: float = 0.01,
         workers: int = 2,
         prefetch: int = 2,
     ) -> None:
-        """``config``: the data, described as for our loop; ``model``: a ``FusionModel`` of its own."""
+        """``model`` is a ``FusionModel`` of its own; of ``trainer`` it takes batch size, rate and decay."""
         self.model = model.train()
-        self.batch_size = batch_size
+        self.batch_size = trainer.batch_size
         self.losses: list[float] = []
         self.seconds = 0.0
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+        self._optimizer = torch.optim.AdamW(
+            model.parameters(), lr=trainer.lr, weight_decay=trainer.weight_decay
+        )
         self._made = multiprocessing.Value("q", 0)
         self._ahead = workers * prefetch
         dataset = StockDataset(config, self._made)
         self._loader = DataLoader(
             dataset,
-            batch_size,
+            trainer.batch_size,
             sampler=RandomSampler(dataset, num_samples=FOREVER),
             collate_fn=dataset.collate,
             num_workers=workers,

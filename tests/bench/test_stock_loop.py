@@ -16,6 +16,7 @@ from mmfast.bench.stock_loop import StockDataset, StockLoop
 from mmfast.data import DataConfig
 from mmfast.models.build import build_model
 from mmfast.models.config import AudioTransformer, Concat, ImageResNet, ModelConfig, TextTransformer
+from mmfast.train import TrainerConfig
 
 MODEL = ModelConfig(
     encoders={
@@ -75,7 +76,9 @@ def test_a_batch_without_a_modality_still_has_its_key(config):
 
 def test_it_learns_and_counts_its_steps(path, config):
     torch.manual_seed(0)
-    loop = StockLoop(config, build_model(MODEL, open_data(path)), batch_size=8, lr=3e-3, workers=1)
+    loop = StockLoop(
+        config, build_model(MODEL, open_data(path)), TrainerConfig(batch_size=8, lr=3e-3), workers=1
+    )
     try:
         assert loop.steps(10) > 0
         assert loop.steps(10) > 0
@@ -86,7 +89,9 @@ def test_it_learns_and_counts_its_steps(path, config):
 
 
 def test_workers_are_idle_between_turns(path, config):
-    loop = StockLoop(config, build_model(MODEL, open_data(path)), batch_size=4, lr=0.0, workers=1)
+    loop = StockLoop(
+        config, build_model(MODEL, open_data(path)), TrainerConfig(batch_size=4, lr=0.0), workers=1
+    )
     try:
         loop.steps(3)
         made = loop._made.value
@@ -100,7 +105,9 @@ def test_a_sample_that_does_not_decode_is_an_error_and_not_a_wait(tmp_path):
     bad = {**parts(1), "png": b"no image"}
     path = write_dataset(tmp_path / "bad", {"train": [bad] * 8, "validation": [parts(2)]})
     config = DataConfig(path=str(path), modalities=MODALITIES)
-    loop = StockLoop(config, build_model(MODEL, open_data(path)), batch_size=4, lr=0.0, workers=1)
+    loop = StockLoop(
+        config, build_model(MODEL, open_data(path)), TrainerConfig(batch_size=4, lr=0.0), workers=1
+    )
     try:
         with pytest.raises(Exception, match="cannot identify image file"):
             loop.steps(1)

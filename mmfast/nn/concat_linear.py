@@ -14,8 +14,8 @@ GATES = (None, "scalar", "channel")
 class ConcatLinear(nn.Module):
     """``residual + tanh(gate) * activation(Linear(norm(cat(inputs))))`` without the ``cat``.
 
-    The state dict is that of ``nn.Linear(sum(in_features), out_features)``, initialised alike, so weights move
-    between the two. A norm adds ``norm_weight`` and ``norm_bias``, a gate adds ``gate``.
+    The state dict is that of ``nn.Linear(sum(in_features), out_features)``, initialised alike, so weights
+    move between the two. A norm adds ``norm_weight`` and ``norm_bias``, a gate adds ``gate``.
 
     Args:
         in_features: ``D_i`` of each source, in the order in which they would be concatenated.
@@ -24,14 +24,19 @@ class ConcatLinear(nn.Module):
         activation: ``none``, ``relu``, ``gelu``, ``silu`` or ``swiglu``; swiglu's weight has ``2 O`` rows.
         norm: a LayerNorm over the concatenation first.
         norm_eps: its epsilon.
-        gate: ``"scalar"`` or ``"channel"`` multiplies by ``tanh`` of a learned ``[1]`` or ``[O]``. It starts at 0, so
-            that with a residual the layer starts as the identity (Alayrac et al. 2022, Flamingo, section 2.4).
+        gate: ``"scalar"`` or ``"channel"`` multiplies by ``tanh`` of a learned ``[1]`` or ``[O]``. It starts
+            at 0, so that with a residual the layer starts as the identity (Alayrac et al. 2022, Flamingo).
         device: of the parameters.
         dtype: of the parameters.
 
     Raises:
         ValueError: ``in_features`` is empty, or ``gate`` is unknown.
     """
+
+    bias: nn.Parameter | None
+    norm_weight: nn.Parameter | None
+    norm_bias: nn.Parameter | None
+    gate: nn.Parameter | None
 
     def __init__(
         self,
@@ -46,6 +51,7 @@ class ConcatLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        """Creates the parameters; see the class."""
         super().__init__()
         if not in_features:
             raise ValueError("ConcatLinear: in_features is empty, wanted at least one source")
@@ -73,7 +79,7 @@ class ConcatLinear(nn.Module):
         if self.bias is not None:
             bound = 1 / math.sqrt(self.weight.shape[1]) if self.weight.shape[1] else 0
             nn.init.uniform_(self.bias, -bound, bound)
-        if self.norm_weight is not None:
+        if self.norm_weight is not None and self.norm_bias is not None:
             nn.init.ones_(self.norm_weight)
             nn.init.zeros_(self.norm_bias)
         if self.gate is not None:
@@ -98,7 +104,9 @@ class ConcatLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``print(layer)`` shows."""
-        parts = [f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"]
+        parts = [
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        ]
         if self.activation != "none":
             parts.append(f"activation={self.activation}")
         if self.norm_eps is not None:

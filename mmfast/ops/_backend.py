@@ -71,7 +71,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors, one that comes twice (an input that is the residual too) as a view of itself the second time.
+    """The tensors, one that comes twice (an input that is the residual too) as a view the second time.
 
     Dynamo traces no ``autograd.Function`` that is given the same tensor twice.
     """

@@ -1,0 +1,217 @@
+// What the forward and the backward of concat_linear share.
+//
+// Nothing is concatenated. A source with a row for every output row ("full") is multiplied by its own columns
+// of the weight straight into the output; a broadcast one ("pooled") is multiplied at its own size, and its
+// rows are what the output starts from. Under a norm, with x^ = (x - mean) rstd and u_i = W_i @
+// norm_weight_i,
+//
+//   x^_r @ (norm_weight W_i).T = rstd_r ((p - m) norm_weight) @ W_i.T + rstd_r (m - mean_r) u_i
+//
+// for a pooled row p of mean m (an absent one: p = m = 0), so that these too are multiplied once. Centring
+// each row on its own mean first keeps the difference exact however large the means are.
+#pragma once
+
+#include <cmath>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "box.h"
+#include "simd/dispatch.h"
+#include "sources.h"
+
+MM_DISPATCH(mmfast_rows, const void*, mmfast::RowType)
+
+namespace mmfast {
+namespace {  // a copy for each of the two files
+
+using Tensors = std::vector<Tensor>;
+using Maybe = std::optional<Tensor>;
+
+Activation activation_of(const std::string& name) {
+  const char* names[] = {"none", "relu", "gelu", "silu", "swiglu"};
+  for (int i = 0; i < 5; ++i)
+    if (name == names[i]) return static_cast<Activation>(i);
+  STD_TORCH_CHECK(false, "concat_linear: unknown activation ", name);
+}
+
+template <class T>
+const RowKernels<T>& row_kernels() {
+  constexpr RowType type = std::is_same_v<T, double>  ? RowType::f64
+                           : std::is_same_v<T, float> ? RowType::f32
+                                                      : RowType::bf16;
+  return *static_cast<const RowKernels<T>*>(mmfast_rows()(type));
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+template <class T>
+const T* data(const Maybe& t) {
+  return t ? static_cast<const T*>(t->data_ptr()) : nullptr;
+}
+
+Maybe dense(const Maybe& t) { return t ? Maybe(mmfast::dense(*t)) : t; }
+
+// What forward and backward share: the sources, and what a norm needs to know of them.
+template <class T, class A = typename wide<T>::type>
+struct Problem {
+  const RowKernels<T>& kernels = row_kernels<T>();
+  Tensors held;  // keeps copies alive that were made for their strides
+  Tensor weight_tensor;
+  Maybe norm_weight_tensor, norm_bias_tensor;
+  Shape lead;
+  int64_t rows, batch, width, depth;  // width O, or 2 O for swiglu; depth is sum D_i
+  Matrix<const T> weight;
+  std::vector<Source<T>> sources;
+  bool norm;
+  const T *norm_weight, *norm_bias;
+  std::vector<std::vector<A>> means;  // [n][own rows]: of the source's row alone
+  std::vector<std::vector<A>> squares;
+  std::vector<std::vector<A>> u;  // [n][width]: W_i @ norm_weight_i, where it is needed
+
+  Problem(const Tensors& inputs, const Tensor& weight_, const Maybe& present, bool norm_,
+          const Maybe& norm_weight_, const Maybe& norm_bias_)
+      : weight_tensor(mmfast::dense(weight_)),
+        norm_weight_tensor(dense(norm_weight_)),
+        norm_bias_tensor(dense(norm_bias_)),
+        lead(broadcast(inputs)),
+        rows(product(lead)),
+        batch(lead[0]),
+        width(weight_.size(0)),
+        depth(weight_.size(1)),
+        weight{data<T>(weight_tensor), width, depth, weight_tensor.stride(0)},
+        norm(norm_),
+        norm_weight(data<T>(norm_weight_tensor)),
+        norm_bias(data<T>(norm_bias_tensor)) {
+    int64_t column = 0;
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      held.push_back(mmfast::dense(inputs[i]));
+      Source<T> s = source<T>(held.back(), column, lead);
+      column += s.depth;
+      if (present) {
+        s.present.resize(batch);
+        for (int64_t b = 0; b < batch; ++b)
+          s.present[b] =
+              data<bool>(*present)[b * present->stride(0) + static_cast<int64_t>(i) * present->stride(1)];
+        if (s.always()) s.present.clear();
+      }
+      sources.push_back(std::move(s));
+    }
+    if (norm) {
+      for (const auto& s : sources) take_moments(s);
+      for (const auto& s : sources)
+        u.push_back(s.full && s.always() ? std::vector<A>() : project(s, norm_weight));
+    }
+  }
+
+  Matrix<const T> columns(const Source<T>& s) const { return weight.columns_from(s.column, s.depth); }
+  const T* norm_weight_of(const Source<T>& s) const { return norm_weight ? norm_weight + s.column : nullptr; }
+  int64_t batch_of(int64_t r) const { return r / (rows / batch); }
+  bool visible(const Source<T>& s, int64_t r) const { return s.in_batch(batch_of(r)); }
+  A mean(size_t i, int64_t r) const { return visible(sources[i], r) ? means[i][sources[i].row(r)] : 0; }
+
+  void take_moments(const Source<T>& s) {
+    std::vector<A> mean(s.rows), square(s.rows);
+    const auto x = row_pointers(s);
+    parallel_rows(s.rows, s.depth, [&](int64_t begin, int64_t end) {
+      for (int64_t q = begin; q < end; ++q)
+        if (x[q] && s.depth) kernels.moments(x[q], &mean[q], &square[q], s.depth);
+    });
+    means.push_back(std::move(mean)), squares.push_back(std::move(square));
+  }
+
+  // Mean and 1 / standard deviation of each row of the concatenation, from those of its parts.
+  void statistics(double eps, A* mean_out, A* rstd_out) const {
+    const A count = std::max<int64_t>(depth, 1);
+    parallel_rows(rows, 16 * sources.size(), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        A sum = 0, square = 0;
+        for (size_t i = 0; i < sources.size(); ++i) sum += sources[i].depth * mean(i, r);
+        const A centre = sum / count;
+        for (size_t i = 0; i < sources.size(); ++i) {
+          const A d = mean(i, r) - centre;
+          square += sources[i].depth * d * d + (visible(sources[i], r) ? squares[i][sources[i].row(r)] : 0);
+        }
+        mean_out[r] = centre;
+        rstd_out[r] = 1 / std::sqrt(square / count + static_cast<A>(eps));
+      }
+    });
+  }
+
+  // W_i @ v_i [width] for a vector v over the concatenation's columns; null: ones
+  std::vector<A> project(const Source<T>& s, const T* v) const {
+    std::vector<A> wide_v(s.depth, v ? 0 : 1), out(width);
+    if (v) kernels.accumulate(wide_v.data(), 1, v + s.column, s.depth);
+    parallel_rows(width, s.depth, [&](int64_t begin, int64_t end) {
+      for (int64_t o = begin; o < end; ++o)
+        out[o] = kernels.dot(weight.row(o) + s.column, wide_v.data(), s.depth);
+    });
+    return out;
+  }
+
+  // A pooled source's rows times its columns of the weight [own rows, width]; absent rows are left unwritten.
+  Buffer<A> pooled_product(size_t i) const {
+    const auto& s = sources[i];
+    Buffer<T> product(s.rows, width);
+    const Centring<T> centring{kernels, norm ? means[i].data() : nullptr, nullptr, norm_weight_of(s)};
+    each_block(s, norm ? &centring : nullptr, false, [&](const Block<T>& block) {
+      scatter(product.matrix(), block, columns(s).transposed(), false);
+    });
+    Buffer<A> out(s.rows, width);
+    parallel_rows(s.rows, width, [&](int64_t begin, int64_t end) {
+      for (int64_t q = begin; q < end; ++q) {
+        if (!s.visible(q)) continue;
+        std::fill_n(out.row(q), width, A(0));
+        kernels.accumulate(out.row(q), 1, product.row(q), width);
+      }
+    });
+    return out;
+  }
+
+  // out[own rows of the block] = or += block @ right
+  void scatter(const Matrix<T>& out, const Block<T>& block, const Matrix<const T>& right,
+               bool accumulate) const {
+    if (!block.rows) {
+      gemm(out.rows_from(block.first, block.x.rows), block.x, right, accumulate);
+      return;
+    }
+    Buffer<T> product(block.x.rows, out.columns);
+    gemm(product.matrix(), block.x, right, false);
+    parallel_rows(block.x.rows, out.columns, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        if (accumulate)
+          kernels.add(out.row(block.rows[k]), product.row(k), out.columns);
+        else
+          std::memcpy(out.row(block.rows[k]), product.row(k), out.columns * sizeof(T));
+      }
+    });
+  }
+};
+
+template <class A, class T>
+std::vector<A> tanh_of(const Maybe& gate, int64_t n) {  // [n]
+  std::vector<A> out;
+  if (!gate) return out;
+  std::vector<A> wide_gate(gate->numel(), 0);
+  const Tensor g = torch::stable::contiguous(*gate);
+  row_kernels<T>().accumulate(wide_gate.data(), 1, data<T>(g), g.numel());
+  for (int64_t o = 0; o < n; ++o) out.push_back(std::tanh(wide_gate[wide_gate.size() == 1 ? 0 : o]));
+  return out;
+}
+
+// CPU GEMMs in float16 run at a tenth of the speed of float32, so float16 goes through float32 copies.
+Tensor cast(const Tensor& t, ScalarType type) {
+  return t.scalar_type() == ScalarType::Bool ? t : torch::stable::to(t, type);
+}
+Maybe cast(const Maybe& t, ScalarType type) { return t ? Maybe(cast(*t, type)) : t; }
+Tensors cast(const Tensors& ts, ScalarType type) {
+  Tensors out;
+  for (const auto& t : ts) out.push_back(cast(t, type));
+  return out;
+}
+
+}  // namespace
+}  // namespace mmfast

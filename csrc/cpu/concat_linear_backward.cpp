@@ -1,0 +1,304 @@
+// The gradients of concat_linear on the CPU; g stands for the gradient of the linear part's output.
+#include <map>
+
+#include "concat_linear.h"
+
+namespace mmfast {
+namespace {
+
+// Sums over output rows that read the same own row: sums[q] = sum of scale(r) * g_r over r with row_of(r) =
+// q, where row_of(r) = -1 leaves r out. Parts of fixed length, added in order: the same bits for any number
+// of threads.
+template <class T, class A, class RowOf, class Scale>
+std::vector<A> row_sums(const RowKernels<T>& kernels, const Matrix<const T>& g, int64_t count, RowOf row_of,
+                        Scale scale) {
+  constexpr int64_t PART = 256;
+  std::vector<int64_t> start(count + 1, 0), order, own(g.rows);
+  for (int64_t r = 0; r < g.rows; ++r)
+    if ((own[r] = row_of(r)) >= 0) ++start[own[r] + 1];
+  for (int64_t q = 0; q < count; ++q) start[q + 1] += start[q];
+  order.resize(start[count]);
+  std::vector<int64_t> next(start.begin(), start.end() - 1);
+  for (int64_t r = 0; r < g.rows; ++r)
+    if (own[r] >= 0) order[next[own[r]]++] = r;
+
+  struct Part {
+    int64_t own, begin, end;
+  };
+  std::vector<Part> parts;
+  for (int64_t q = 0; q < count; ++q)
+    for (int64_t k = start[q]; k < start[q + 1]; k += PART)
+      parts.push_back({q, k, std::min(k + PART, start[q + 1])});
+  std::vector<A> partial(parts.size() * g.columns, 0), sums(count * g.columns, 0);
+  parallel_rows(parts.size(), PART * g.columns, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k)
+      for (int64_t i = parts[k].begin; i < parts[k].end; ++i)
+        kernels.accumulate(&partial[k * g.columns], scale(order[i]), g.row(order[i]), g.columns);
+  });
+  for (size_t k = 0; k < parts.size(); ++k)
+    row_kernels<A>().accumulate(&sums[parts[k].own * g.columns], 1, &partial[k * g.columns], g.columns);
+  return sums;
+}
+
+template <class T, class A>
+void narrow(const RowKernels<T>& kernels, T* out, const A* x, int64_t n) {
+  const A one = 1;
+  kernels.combine(out, nullptr, 1, &x, &one, n);
+}
+
+template <class T>
+struct Backward {
+  using A = typename wide<T>::type;
+  const Problem<T>& p;
+  Matrix<const T> g;  // of the linear part's output [rows, width]
+  const A *mean, *rstd;
+  const std::vector<bool>& needs;
+  Tensors& grads;                                    // [*inputs, weight, bias, norm_weight, norm_bias, gate]
+  std::map<Shape, std::vector<A>> shared_sums = {};  // of g, by a source's own leading dimensions
+
+  T* grad(size_t i) const { return data<T>(grads[i]); }
+
+  // sum of g over the output rows that read each own row of source i, where it is visible [own rows, width]
+  const std::vector<A>& sums(const Source<T>& s) {
+    const auto [at, fresh] = shared_sums.try_emplace(s.sizes);
+    if (fresh)
+      at->second = row_sums<T, A>(
+          p.kernels, g, s.rows, [&](int64_t r) { return s.row(r); }, [](int64_t) { return A(1); });
+    return at->second;
+  }
+
+  std::vector<A> pooled_sums(const Source<T>& s) {
+    if (!p.norm && !s.shared()) return sums(s);  // rows of absent samples are there, and never read
+    return row_sums<T, A>(
+        p.kernels, g, s.rows, [&](int64_t r) { return p.visible(s, r) ? s.row(r) : -1; },
+        [&](int64_t r) { return p.norm ? rstd[r] : A(1); });
+  }
+
+  std::vector<A> total() const {  // [width]: the bias's gradient
+    if (shared_sums.empty())
+      return row_sums<T, A>(p.kernels, g, 1, [](int64_t) { return 0; }, [](int64_t) { return A(1); });
+    const auto& [sizes, sums] = *shared_sums.begin();
+    std::vector<A> out(p.width, 0);
+    for (int64_t q = 0; q < mmfast::product(sizes); ++q)
+      row_kernels<A>().accumulate(out.data(), 1, &sums[q * p.width], p.width);
+    return out;
+  }
+
+  // dx = g @ W_i at the visible rows, 0 at the others
+  void input_product(const Source<T>& s, const T* rows, T* dx) const {
+    if (!s.always()) std::memset(static_cast<void*>(dx), 0, s.rows * s.depth * sizeof(T));
+    each_block(s.with(rows, p.width), static_cast<const Centring<T>*>(nullptr), false,
+               [&](const Block<T>& block) {
+                 p.scatter(Matrix<T>{dx, s.rows, s.depth, s.depth}, block, p.columns(s), false);
+               });
+  }
+
+  // dW_i = g.T @ x, with x centred under a norm; `rows` holds g at the source's own size
+  void weight_product(size_t i, const T* rows, T* dweight) const {
+    const auto& s = p.sources[i];
+    const Matrix<T> out{dweight + s.column, p.width, s.depth, p.depth};
+    const Centring<T> centring{p.kernels, s.full || !p.norm ? mean : p.means[i].data(),
+                               s.full ? rstd : nullptr, nullptr};
+    bool begun = false;  // in bfloat16 each further block would round the sum again
+    each_block(s, p.norm ? &centring : nullptr, std::is_same_v<T, bf16>, [&](const Block<T>& block) {
+      const Matrix<const T> all{rows, s.rows, p.width, p.width};
+      if (!block.rows) {
+        gemm(out, all.rows_from(block.first, block.x.rows).transposed(), block.x, begun);
+      } else {
+        Buffer<T> picked(block.x.rows, p.width);
+        for (int64_t k = 0; k < block.x.rows; ++k)
+          std::memcpy(picked.row(k), all.row(block.rows[k]), p.width * sizeof(T));
+        gemm(out, Matrix<const T>{picked.data(), block.x.rows, p.width, p.width}.transposed(), block.x,
+             begun);
+      }
+      begun = true;
+    });
+    if (!begun)
+      for (int64_t o = 0; o < p.width; ++o) std::fill_n(out.row(o), s.depth, T{});
+  }
+
+  void run() {
+    const size_t n = p.sources.size();
+    const bool any_input = std::find(needs.begin(), needs.begin() + n, true) != needs.begin() + n;
+    const bool any_weight = needs[n] || (p.norm && (needs[n + 2] || needs[n + 3]));
+    std::optional<Buffer<T>> unwanted;  // the weight's gradient, where only the norm's parameters need it
+    T* const dweight = needs[n] || !any_weight ? grad(n) : unwanted.emplace(p.width, p.depth).data();
+
+    std::vector<std::vector<A>> pooled(n);  // [own rows, width]
+    std::vector<std::optional<Buffer<T>>> rows(n);
+    for (size_t i = 0; i < n; ++i) {
+      const auto& s = p.sources[i];
+      if (s.full || !(needs[i] || any_weight || (p.norm && any_input))) continue;
+      pooled[i] = pooled_sums(s);
+      rows[i].emplace(s.rows, p.width);
+      narrow(p.kernels, rows[i]->data(), pooled[i].data(), s.rows * p.width);
+    }
+    for (size_t i = 0; i < n; ++i) {
+      const T* own = p.sources[i].full ? g.data : rows[i] ? rows[i]->data() : nullptr;
+      if (any_weight) weight_product(i, own, dweight);
+      if (needs[i] && !p.norm) input_product(p.sources[i], own, grad(i));
+    }
+    std::vector<A> dbias;
+    if (needs[n + 1] || (p.norm && any_weight)) dbias = total();
+    if (needs[n + 1]) narrow(p.kernels, grad(n + 1), dbias.data(), p.width);
+    if (p.norm && any_weight) finish_weight(dweight, dbias);
+    if (p.norm && any_input) norm_inputs(rows);
+  }
+
+  // dW = (Z + K) norm_weight + dbias norm_bias, Z = g.T @ x^ so far, K the part that the centring left out.
+  void finish_weight(T* dweight, const std::vector<A>& dbias) {
+    const size_t n = p.sources.size();
+    std::vector<A> dnorm_weight(p.depth, 0), dnorm_bias(p.depth, 0);
+    for (size_t i = 0; i < n; ++i) {
+      const auto& s = p.sources[i];
+      std::vector<A> k(p.width, 0);
+      if (!(s.full && s.always()))
+        k = row_sums<T, A>(
+            p.kernels, g, 1, [&](int64_t r) { return s.full && p.visible(s, r) ? -1 : 0; },
+            [&](int64_t r) { return rstd[r] * (p.mean(i, r) - mean[r]); });
+      for (int64_t o = 0; o < p.width; ++o) {
+        const T* w = p.weight.row(o) + s.column;
+        p.kernels.norm_weights(dweight + o * p.depth + s.column, &dnorm_weight[s.column], w, k[o], dbias[o],
+                               p.norm_weight_of(s), p.norm_bias ? p.norm_bias + s.column : nullptr, s.depth);
+        p.kernels.accumulate(&dnorm_bias[s.column], dbias[o], w, s.depth);
+      }
+    }
+    if (needs[n + 2]) narrow(p.kernels, grad(n + 2), dnorm_weight.data(), p.depth);
+    if (needs[n + 3]) narrow(p.kernels, grad(n + 3), dnorm_bias.data(), p.depth);
+  }
+
+  // With dy = g @ W and d = dy norm_weight: dx = rstd (d - avg(d) - x^ avg(d x^)), averages over the
+  // concatenation.
+  void norm_inputs(const std::vector<std::optional<Buffer<T>>>& rows) {
+    const size_t n = p.sources.size();
+    std::vector<A> avg(2 * p.rows, 0);  // avg(d), avg(d x^) of each row
+    std::vector<std::vector<const T*>> x(n);
+    std::vector<std::optional<Buffer<T>>> unwanted(n);
+    std::vector<T*> dx(n);
+    for (size_t i = 0; i < n; ++i) {
+      const auto& s = p.sources[i];
+      if (s.full || needs[i]) {
+        dx[i] = needs[i] ? grad(i) : unwanted[i].emplace(s.rows, s.depth).data();
+        x[i] = row_pointers(s);
+        input_product(s, s.full ? g.data : rows[i]->data(), dx[i]);
+      }
+      const std::optional<Buffer<A>> projected = s.full ? std::nullopt : std::optional(p.pooled_product(i));
+      parallel_rows(p.rows, p.depth, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+          A* const sums = &avg[2 * r];
+          const bool visible = p.visible(s, r);
+          if (visible && s.full) {
+            p.kernels.norm_sums(sums, dx[i] + r * s.depth, x[i][r], mean[r], rstd[r], p.norm_weight_of(s),
+                                s.depth);
+            continue;
+          }
+          const A along = p.kernels.dot(g.row(r), p.u[i].data(), p.width);
+          sums[0] += along;
+          sums[1] += rstd[r] * (p.mean(i, r) - mean[r]) * along;
+          if (visible) sums[1] += rstd[r] * p.kernels.dot(g.row(r), projected->row(s.row(r)), p.width);
+        }
+      });
+      unwanted[i].reset();
+    }
+    for (A& value : avg) value /= std::max<int64_t>(p.depth, 1);
+    for (size_t i = 0; i < n; ++i) {
+      const auto& s = p.sources[i];
+      if (!needs[i]) continue;
+      // A pooled row is read by many output rows: the same formula holds with rstd 1 and these sums.
+      std::vector<A> a(s.full ? 0 : s.rows, 0), b(a);
+      for (int64_t r = 0; !s.full && r < p.rows; ++r)
+        if (p.visible(s, r)) {
+          const A slope = rstd[r] * rstd[r] * avg[2 * r + 1];
+          a[s.row(r)] += rstd[r] * avg[2 * r] + slope * (p.mean(i, r) - mean[r]);
+          b[s.row(r)] += slope;
+        }
+      parallel_rows(s.rows, s.depth, [&](int64_t begin, int64_t end) {
+        for (int64_t q = begin; q < end; ++q)
+          if (x[i][q])
+            p.kernels.norm_backward(dx[i] + q * s.depth, x[i][q], s.full ? mean[q] : p.means[i][q],
+                                    s.full ? rstd[q] : 1, p.norm_weight_of(s), s.full ? avg[2 * q] : a[q],
+                                    s.full ? avg[2 * q + 1] : b[q], s.depth);
+      });
+    }
+  }
+};
+
+template <class T>
+Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensor& weight, const Maybe& present,
+                 std::optional<double> norm_eps, const Maybe& norm_weight, const Maybe& norm_bias,
+                 Activation activation, const Maybe& gate_, const Tensor& preact, const Tensor& mean,
+                 const Tensor& rstd, const std::vector<bool>& needs) {
+  using A = typename wide<T>::type;
+  const Problem<T> p(inputs, weight, present, norm_eps.has_value(), norm_weight, norm_bias);
+  const size_t n = inputs.size();
+  const int64_t width = p.width, out_width = activation == Activation::swiglu ? width / 2 : width;
+  Tensors grads;
+  for (size_t i = 0; i < needs.size(); ++i) {
+    Shape shape{p.depth};  // norm_weight, norm_bias
+    const auto like = [&](const Tensor& t) { shape.assign(t.sizes().begin(), t.sizes().end()); };
+    if (i < n) like(inputs[i]);
+    if (i == n) like(weight);
+    if (i == n + 1) shape = {width};
+    if (i == n + 4 && gate_) like(*gate_);
+    grads.push_back(empty(needs[i] ? shape : Shape{0}, scalar_type<T>));
+  }
+
+  const Tensor grad = torch::stable::contiguous(grad_);
+  std::optional<Buffer<T>> dz;
+  const T* g = data<T>(grad);
+  if (preact.numel() > 0 && (activation != Activation::none || gate_)) {
+    constexpr int64_t PART = 64;
+    const std::vector<A> gate = tanh_of<A, T>(gate_, out_width);
+    const int64_t parts = needs[n + 4] ? (p.rows + PART - 1) / PART : 0;
+    std::vector<A> partial(parts * out_width, 0), dgate(out_width, 0);
+    g = dz.emplace(p.rows, width).data();
+    parallel_rows((p.rows + PART - 1) / PART, PART * width, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin * PART; r < std::min(end * PART, p.rows); ++r)
+        p.kernels.epilogue_backward(dz->row(r), parts ? &partial[r / PART * out_width] : nullptr,
+                                    data<T>(grad) + r * out_width, data<T>(preact) + r * width,
+                                    gate.empty() ? nullptr : gate.data(), activation, out_width);
+    });
+    if (needs[n + 4]) {
+      for (int64_t k = 0; k < parts; ++k)
+        row_kernels<A>().accumulate(dgate.data(), 1, &partial[k * out_width], out_width);
+      for (int64_t o = 0; o < out_width; ++o) dgate[o] *= 1 - gate[o] * gate[o];
+      if (gate_->numel() == 1)
+        for (int64_t o = 1; o < out_width; ++o) dgate[0] += dgate[o];
+      narrow(p.kernels, data<T>(grads[n + 4]), dgate.data(), gate_->numel());
+    }
+  } else if (needs[n + 4]) {
+    torch::stable::zero_(grads[n + 4]);
+  }
+  Backward<T>{p, {g, p.rows, width, width}, data<A>(mean), data<A>(rstd), needs, grads}.run();
+  return grads;
+}
+
+Tensors concat_linear_backward(Tensor grad, Tensors inputs, Tensor weight, Maybe present,
+                               std::optional<double> norm_eps, Maybe norm_weight, Maybe norm_bias,
+                               std::string activation, Maybe gate, Tensor preact, Tensor mean, Tensor rstd,
+                               std::vector<bool> needs) {
+  const auto run = [&](auto zero, auto to) {
+    return backward<decltype(zero)>(to(grad), to(inputs), to(weight), present, norm_eps, to(norm_weight),
+                                    to(norm_bias), activation_of(activation), to(gate), to(preact), mean,
+                                    rstd, needs);
+  };
+  const auto as_is = [](const auto& t) { return t; };
+  switch (weight.scalar_type()) {
+    case ScalarType::Float:
+      return run(float{}, as_is);
+    case ScalarType::Double:
+      return run(double{}, as_is);
+    case ScalarType::BFloat16:
+      return run(bf16{}, as_is);
+    case ScalarType::Half:
+      return cast(run(float{}, [](const auto& t) { return cast(t, ScalarType::Float); }), ScalarType::Half);
+    default:
+      STD_TORCH_CHECK(false, "concat_linear: weight's dtype is not supported");
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) { bind<&concat_linear_backward>(m, "concat_linear_backward.cpu"); }
+
+}  // namespace mmfast

@@ -196,7 +196,7 @@ class Trainer:
             group["lr"] = learning_rate(options, step)
         optimizer.step()
         optimizer.zero_grad()
-        return torch.cat([losses, norm[None].double()])
+        return torch.cat([losses, norm[None]])
 
     def validate(self, model: nn.Module, data: Any, only: Sequence[str] | None = None) -> dict[str, float]:
         """Metrics over the whole validation split; ``only`` reports the other modalities absent."""

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from toy import ToyData, ToyModel, toy_config, toy_model
 
 from mmfast.errors import UserError
@@ -79,6 +80,17 @@ def test_clip_scales_to_the_norm_and_leaves_small_gradients(tmp_path):
     assert all(bool((p.grad.full_tensor() == 1).all()) for p in model.parameters())
     clip(model, 2.0)
     assert clip(model, 0.0).item() == pytest.approx(2.0, rel=1e-5)
+
+
+def test_the_norm_of_millions_of_gradients_is_exact(tmp_path):
+    model = nn.Sequential(nn.Linear(1500, 1500))
+    parallelize(model, start("cpu"), "fp32")
+    torch.manual_seed(0)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+        p.grad.to_local().normal_(std=1e-3)
+    exact = math.sqrt(sum(p.grad.to_local().double().square().sum().item() for p in model.parameters()))
+    assert clip(model, 0.0).item() == pytest.approx(exact, rel=1e-6)
 
 
 def test_norms_and_biases_do_not_decay(tmp_path):

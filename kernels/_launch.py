@@ -104,3 +104,22 @@ def presence(present: Tensor | None, rows: int) -> tuple[Tensor | None, int, int
     if present is None:
         return None, 1, 1
     return present.contiguous(), present.shape[1], rows // present.shape[0]
+
+
+def row_sum(
+    grad: Tensor, lead: torch.Size, own: torch.Size, present: Tensor | None, number: int
+) -> tuple[Tensor, Tensor | None]:
+    """``grad`` [rows, O] summed in float32 over the rows that a source of leading dimensions ``own`` went to.
+
+    With it, who sees a row of the source: its sample, or any sample where the samples share it.
+    """
+    g = grad.view(*lead, -1)
+    dims = [d for d in range(1, len(lead)) if own[d] != lead[d]]
+    if dims:
+        g = g.sum(dims, keepdim=True, dtype=torch.float32)
+    if present is not None:  # one flag per sample: where there are sums, it is they that are selected
+        g = torch.where(present[:, number].view(-1, *[1] * len(lead)), g, 0)
+    if own[0] != lead[0]:
+        g = g.sum(0, keepdim=True, dtype=torch.float32)
+        present = None if present is None else present.any(0, keepdim=True)
+    return g.reshape(own.numel(), -1), present

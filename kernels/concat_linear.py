@@ -33,7 +33,7 @@ UNTUNED = {
     80: {
         "forward.half": blocks(128, 128, 32, num_warps=8, num_stages=4),
         "forward.tf32": blocks(128, 64, 32, num_warps=8, num_stages=3),
-        "forward.ieee": blocks(64, 64, 16, num_warps=8, num_stages=2),
+        "forward.ieee": blocks(64, 64, 16, num_warps=4, num_stages=2),
         "forward_few_rows.half": blocks(32, 64, 64, num_warps=4, num_stages=4),
         "forward_few_rows.tf32": blocks(32, 64, 32, num_warps=4, num_stages=3),
         "forward_few_rows.ieee": blocks(32, 32, 16, num_warps=4, num_stages=2),
@@ -41,12 +41,16 @@ UNTUNED = {
     90: {
         "forward.half": blocks(128, 128, 64, num_warps=8, num_stages=4),
         "forward.tf32": blocks(128, 64, 32, num_warps=8, num_stages=3),
-        "forward.ieee": blocks(64, 64, 16, num_warps=8, num_stages=2),
+        "forward.ieee": blocks(64, 64, 16, num_warps=4, num_stages=2),
         "forward_few_rows.half": blocks(64, 64, 64, num_warps=4, num_stages=4),
         "forward_few_rows.tf32": blocks(64, 64, 32, num_warps=4, num_stages=3),
         "forward_few_rows.ieee": blocks(32, 32, 16, num_warps=4, num_stages=2),
     },
 }
+UNTUNED[100] = {
+    **UNTUNED[90],
+    "forward.half": blocks(128, 64, 64, num_warps=8, num_stages=4),
+}  # else it spills
 
 
 @triton.jit
@@ -224,8 +228,8 @@ def concat_linear(
         if norm_eps is not None:
             norm = mean, rstd, norm_weight, norm_bias
             statistics_kernel[(triton.cdiv(rows, 16),)](
-                mean, rstd, tuple(sources), flags[0], flags[1], norm_eps, weight.shape[1], rows, *sizes[1:],
-                flags[2], BLOCK_M=16, BLOCK_K=128,
+                mean, rstd, tuple(sources), flags[0], flags[1], norm_eps, max(1, weight.shape[1]), rows,
+                *sizes[1:], flags[2], BLOCK_M=16, BLOCK_K=128,
             )  # fmt: skip
         _run(
             out, preact if keep else None, sources, pooled_sources, weight, bias, flags, norm,

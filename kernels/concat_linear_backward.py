@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.kernels._activations import activate, derivative, tanh
-from mmfast.kernels._launch import blocks, configuration, dense, lead_of, on, presence, walk
+from mmfast.kernels._launch import blocks, configuration, dense, lead_of, on, presence, row_sum, walk
 from mmfast.kernels._tiles import Source, any_of, columns_of, load_row, load_tile, row_offset, rows_with
 
 # By the oldest compute capability they are for. Nobody has tuned them on a device yet.
@@ -21,7 +21,7 @@ UNTUNED = {
         "grad_input_few_rows.tf32": blocks(32, 64, 32, num_warps=4, num_stages=3),
         "grad_input_few_rows.ieee": blocks(32, 32, 16, num_warps=4, num_stages=2),
         "grad_weight.half": blocks(128, 128, 32, num_warps=8, num_stages=4),
-        "grad_weight.tf32": blocks(64, 64, 32, num_warps=4, num_stages=3),
+        "grad_weight.tf32": blocks(64, 64, 32, num_warps=8, num_stages=3),
         "grad_weight.ieee": blocks(64, 64, 16, num_warps=8, num_stages=2),
     },
     90: {
@@ -94,7 +94,7 @@ def grad_preact_kernel(
         tl.store(gate_sum + part * width + column, dgate, mask=kept)
 
 
-@triton.jit(do_not_specialize=["rows", "per_sample"])
+@triton.jit(do_not_specialize=["number", "rows", "per_sample"])
 def grad_input_kernel(
     out, grad, weight, weight_stride, present, num_sources, number, rows, per_sample, width, depth,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -121,11 +121,11 @@ def grad_input_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["rows", "per_sample", "chunk", "chunks_each"])
+@triton.jit(do_not_specialize=["number", "rows", "per_sample", "chunk", "chunks_each"])
 def grad_weight_kernel(
     out, out_stride, norm_weight_sum, norm_bias_sum, grad, source, weight_stride, present, num_sources,
-    mean, rstd, norm_weight, norm_bias, grad_bias, rows, n1, n2, per_sample, height, chunk, chunks_each,
-    PRECISION: tl.constexpr, CHUNK: tl.constexpr,
+    number, mean, rstd, norm_weight, norm_bias, grad_bias, rows, n1, n2, per_sample, height, chunk,
+    chunks_each, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A tile of ``grad.T`` [height, rows] @ ``norm(x)`` [rows, width], over this part's chunks of rows.
@@ -144,12 +144,12 @@ def grad_weight_kernel(
         end = tl.minimum(first + chunk, rows)
         if present is not None and mean is None:
             probe = first + tl.arange(0, CHUNK)  # a chunk is CHUNK rows or the rows of one sample
-            seen = rows_with(source.number, probe, probe < end, present, num_sources, per_sample)
-            end = tl.where(any_of(seen), end, first)
+            anywhere = any_of(rows_with(number, probe, probe < end, present, num_sources, per_sample))
+            end = tl.where(anywhere, end, first)
         for row0 in range(first, end, BLOCK_K):
             row = row0 + tl.arange(0, BLOCK_K)
             inside = row < end
-            seen = rows_with(source.number, row, inside, present, num_sources, per_sample)
+            seen = rows_with(number, row, inside, present, num_sources, per_sample)
             g = load_tile(grad + row.to(tl.int64)[:, None] * height + o[None, :], inside, kept_o)  # [K, M]
             x = source.data + row_offset(row, n1, n2, source.strides)[:, None] + k[None, :]
             x = load_tile(x, seen, kept_k)  # [K, N]
@@ -236,7 +236,7 @@ def concat_linear_backward(
     weight, normed = dense(weight), norm_eps is not None
     grads = [weight.new_empty(0) for _ in inputs]
     grad_weight = weight.new_empty(height, depth)
-    norm_sums = weight.new_empty(2, depth, dtype=torch.float32)
+    norm_sums = [weight.new_empty(depth, dtype=torch.float32) for _ in range(2)]
     with on(weight.device):
         grad = grad.contiguous().view(rows, -1)
         grad, grad_bias, grad_gate = _grad_preact(grad, preact, gate, activation, height)  # [rows, O or 2 O]
@@ -247,13 +247,13 @@ def concat_linear_backward(
                 norm = mean, rstd, scale, shift, grad_bias
             elif x.shape[:-1].numel() < rows:
                 own = torch.Size((1,) * (len(lead) + 1 - x.ndim)) + x.shape[:-1]
-                g, seen = _row_sum(grad, lead, own, present, i)  # [own rows, O]
+                g, seen = row_sum(grad, lead, own, present, i)  # [own rows, O]
             if need_inputs[i] and not normed:
                 grads[i] = _grad_input(g, block, seen, i, x.dtype).view(x.shape)
             if need_columns:
                 sums = _grad_weight(grad_weight[:, columns], g, own, x, block, seen, i, norm)
                 if normed:
-                    norm_sums[:, columns] = sums
+                    norm_sums[0][columns], norm_sums[1][columns] = sums
         if normed and any(need_inputs):
             grads = _grad_normed_inputs(grad, inputs, lead, weight, present, mean, rstd, norm_weight)
     parameters = [t.to(weight.dtype) for t in (grad_weight, grad_bias, *norm_sums, grad_gate)]
@@ -273,31 +273,12 @@ def _grad_preact(
     gate_step = 0 if gate is None or len(gate) == 1 else 1
     grad_preact_kernel[parts, triton.cdiv(width, 64)](
         before, bias_sum, gate_sum, grad, preact, gate, gate_step, rows, each, width,
-        ACTIVATION=activation, BLOCK_M=32, BLOCK_N=64,
+        ACTIVATION=activation, BLOCK_M=16, BLOCK_N=64,
     )  # fmt: skip
     grad_gate = gate_sum.sum(0)
     if gate is not None:
         grad_gate = (grad_gate if len(gate) > 1 else grad_gate.sum(0, True)) * (1 - gate.float().tanh() ** 2)
     return grad if before is None else before, bias_sum.sum(0), grad_gate
-
-
-def _row_sum(
-    grad: Tensor, lead: torch.Size, own: torch.Size, present: Tensor | None, number: int
-) -> tuple[Tensor, Tensor | None]:
-    """``grad`` [rows, O] summed in float32 over the rows that a source of leading dimensions ``own`` went to.
-
-    With it, who sees a row of the source: its sample, or any sample where the samples share it.
-    """
-    g = grad.view(*lead, -1)
-    dims = [d for d in range(1, len(lead)) if own[d] != lead[d]]
-    if dims:
-        g = g.sum(dims, keepdim=True, dtype=torch.float32)
-    if present is not None:  # one flag per sample: where there are sums, it is they that are selected
-        g = torch.where(present[:, number].view(-1, *[1] * len(lead)), g, 0)
-    if own[0] != lead[0]:
-        g = g.sum(0, keepdim=True, dtype=torch.float32)
-        present = None if present is None else present.any(0, keepdim=True)
-    return g.reshape(own.numel(), -1), present
 
 
 def _grad_input(
@@ -328,6 +309,8 @@ def _grad_weight(
     options = configuration("concat_linear", "grad_weight", grad, x.dtype, UNTUNED)
     tiles_m = triton.cdiv(height, options["BLOCK_M"])
     tiles_n = triton.cdiv(width, options["BLOCK_N"])
+    if width == 0:
+        return grad.new_zeros(2, 0)
 
     parts = max(1, min(_PROGRAMS // (tiles_m * tiles_n), rows // 512))
     chunk = triton.cdiv(rows, parts)
@@ -339,9 +322,9 @@ def _grad_weight(
     product = out if parts == 1 else out.new_empty(parts, height, width, dtype=torch.float32)
     sums = grad.new_empty(2, parts * tiles_m, 0 if norm is None else width, dtype=torch.float32)
     grad_weight_kernel[(tiles_m, tiles_n, parts)](
-        product, product.stride(-2), sums[0], sums[1], grad, Source(x, strides, number, width, weight),
-        weight.stride(0), present, num_sources, *(norm or (None,) * 5), rows, n1, n2, per_sample, height,
-        chunk, chunks_each, CHUNK=_CHUNK, **options,
+        product, product.stride(-2), sums[0], sums[1], grad, Source(x, strides, 0, width, weight),
+        weight.stride(0), present, num_sources, number, *(norm or (None,) * 5), rows, n1, n2, per_sample,
+        height, chunk, chunks_each, CHUNK=_CHUNK, **options,
     )  # fmt: skip
     if parts > 1:
         out.copy_(product.sum(0))
@@ -364,7 +347,7 @@ def _grad_normed_inputs(
         sources.append(Source(x, steps, i, x.shape[-1], block, columns.start, grads[i]))
     present, num_sources, per_sample = presence(present, rows)
     norm_backward_kernel[(triton.cdiv(rows, 16),)](
-        tuple(sources), present, num_sources, mean, rstd, norm_weight, weight.shape[1], rows, n1, n2,
+        tuple(sources), present, num_sources, mean, rstd, norm_weight, max(1, weight.shape[1]), rows, n1, n2,
         per_sample, BLOCK_M=16, BLOCK_K=128,
     )  # fmt: skip
-    return [dx.view(*lead, -1).sum_to_size(x.shape) for dx, x in zip(grads, inputs, strict=True)]
+    return [dx.view(*lead, -1).sum_to_size(x.shape).to(x.dtype) for dx, x in zip(grads, inputs, strict=True)]

@@ -1,0 +1,116 @@
+// Binds concat_linear's epilogue; its schemas are in kernels/concat_linear_cuda.py.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "../cpu/box.h"
+#include "epilogue.h"
+
+using torch::stable::Tensor;
+
+namespace mmfast {
+
+namespace {
+
+Type type_of(const Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Type::float32;
+    case ScalarType::Half:
+      return Type::float16;
+    case ScalarType::BFloat16:
+      return Type::bfloat16;
+    default:
+      STD_TORCH_CHECK(false, "concat_linear: backend cuda is for float32, float16 and bfloat16");
+  }
+}
+
+Activation activation_of(const std::string& name) {
+  constexpr const char* names[] = {"none", "relu", "gelu", "silu", "swiglu"};
+  for (int i = 0; i < 5; ++i)
+    if (name == names[i]) return static_cast<Activation>(i);
+  STD_TORCH_CHECK(false, "concat_linear: activation ", name, " is unknown");
+}
+
+void* data_of(const std::optional<Tensor>& tensor) { return tensor ? tensor->mutable_data_ptr() : nullptr; }
+
+int64_t step_of(const std::optional<Tensor>& gate) { return gate && gate->numel() > 1 ? 1 : 0; }
+
+template <class Arguments>
+void run(const Arguments& arguments, const Tensor& out) {
+  torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(out.get_device_index(), &stream));
+  const char* error = launch(arguments, type_of(out), stream);
+  STD_TORCH_CHECK(error == nullptr, "concat_linear: CUDA refused the launch: ", error);
+}
+
+// walks: the three leading sizes, then three strides of every product, then three of the residual if it is
+// there.
+void epilogue(const std::vector<Tensor>& products, const std::vector<int64_t>& sources,
+              const std::vector<int64_t>& walks, const std::optional<Tensor>& present,
+              const std::optional<Tensor>& bias, const std::string& activation,
+              const std::optional<Tensor>& residual, const std::optional<Tensor>& gate, const Tensor& out,
+              const std::optional<Tensor>& preact) {
+  STD_TORCH_CHECK(products.size() <= kProducts, "concat_linear: got ", products.size(),
+                  " products, wanted at most ", kProducts);
+  STD_TORCH_CHECK(
+      sources.size() == products.size() && walks.size() == 3 * (products.size() + (residual ? 2 : 1)),
+      "concat_linear: sources and walks do not fit the products");
+  Forward f{};
+  f.rows = walks[0] * walks[1] * walks[2];
+  f.n1 = walks[1];
+  f.n2 = walks[2];
+  f.width = out.size(out.dim() - 1);
+  f.activation = activation_of(activation);
+  if (f.rows == 0 || f.width == 0) return;
+  const auto rows_of = [&](const Tensor& tensor, size_t i) {
+    return Rows{tensor.mutable_data_ptr(), walks[3 * i + 3], walks[3 * i + 4], walks[3 * i + 5]};
+  };
+  f.num_products = static_cast<int32_t>(products.size());
+  for (size_t i = 0; i < products.size(); ++i) {
+    f.products[i] = rows_of(products[i], i);
+    f.sources[i] = sources[i];
+  }
+  if (residual) f.residual = rows_of(*residual, products.size());
+  f.present = static_cast<const bool*>(data_of(present));
+  f.num_sources = present ? present->size(1) : 1;
+  f.per_sample = present ? f.rows / present->size(0) : 1;
+  f.bias = data_of(bias);
+  f.gate = data_of(gate);
+  f.gate_step = step_of(gate);
+  f.out = out.mutable_data_ptr();
+  f.preact = data_of(preact);
+  run(f, out);
+}
+
+void epilogue_backward(const Tensor& grad, const std::optional<Tensor>& preact,
+                       const std::optional<Tensor>& gate, const std::string& activation, int64_t rows_each,
+                       const std::optional<Tensor>& grad_preact, const Tensor& bias_sum,
+                       const std::optional<Tensor>& gate_sum) {
+  Backward b{};
+  b.rows = grad.size(0);
+  b.width = grad.size(1);
+  b.rows_each = rows_each;
+  b.activation = activation_of(activation);
+  if (b.rows == 0 || b.width == 0) return;
+  b.grad = grad.mutable_data_ptr();
+  b.preact = data_of(preact);
+  b.gate = data_of(gate);
+  b.gate_step = step_of(gate);
+  b.grad_preact = data_of(grad_preact);
+  b.bias_sum = static_cast<float*>(bias_sum.mutable_data_ptr());
+  b.gate_sum = static_cast<float*>(data_of(gate_sum));
+  run(b, grad);
+}
+
+}  // namespace
+
+}  // namespace mmfast
+
+STABLE_TORCH_LIBRARY_IMPL(mmfast, CUDA, m) {
+  mmfast::bind<mmfast::epilogue>(m, "concat_linear_epilogue.cuda");
+  mmfast::bind<mmfast::epilogue_backward>(m, "concat_linear_epilogue_backward.cuda");
+}

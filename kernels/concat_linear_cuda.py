@@ -1,0 +1,173 @@
+"""Backend ``cuda`` of ``concat_linear``: matrix products by PyTorch, the epilogue by ``csrc/cuda/``.
+
+Each source is multiplied by its own columns of the weight. The epilogue broadcasts the pooled ones, selects
+what is present, and applies bias, activation, gate and residual. The product of an absent source is made and
+left unread. A norm is plain PyTorch for now, and makes a normalised copy of each source.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmfast.kernels._launch import lead_of, row_sum, walk
+from mmfast.ops._backend import LIB
+
+LIB.define(
+    "concat_linear_epilogue.cuda(Tensor[] products, int[] sources, int[] walks, Tensor? present, "
+    "Tensor? bias, str activation, Tensor? residual, Tensor? gate, Tensor(a!) out, Tensor(b!)? preact) -> ()"
+)
+LIB.define(
+    "concat_linear_epilogue_backward.cuda(Tensor grad, Tensor? preact, Tensor? gate, str activation, "
+    "int rows_each, Tensor(a!)? grad_preact, Tensor(b!) bias_sum, Tensor(c!)? gate_sum) -> ()"
+)
+EPILOGUE = torch.ops.mmfast.concat_linear_epilogue.cuda
+EPILOGUE_BACKWARD = torch.ops.mmfast.concat_linear_epilogue_backward.cuda
+
+
+@torch.autocast("cuda", enabled=False)  # the public function has cast already
+def concat_linear(
+    inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, present: Tensor | None,
+    norm_eps: float | None, norm_weight: Tensor | None, norm_bias: Tensor | None, activation: str,
+    residual: Tensor | None, gate: Tensor | None, save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The forward, for up to 16 sources; arguments and results as of ``torch.ops.mmfast.concat_linear``.
+
+    Copied first: sources whose rows ``torch.mm`` cannot walk, and what ``mmfast.kernels._launch.walk`` does.
+    """
+    lead = lead_of("concat_linear", inputs)
+    height = weight.shape[0]
+    width = height // 2 if activation == "swiglu" else height
+    keep = save and (activation != "none" or gate is not None)
+    out = weight.new_empty(*lead, width)
+    preact = weight.new_empty((*lead, height) if keep else 0)
+    mean, rstd = (weight.new_empty(0 if norm_eps is None else lead, dtype=torch.float32) for _ in range(2))
+    if out.numel() == 0:
+        return out, preact, mean, rstd
+    if norm_eps is not None:
+        seen, depth = _selected(inputs, lead, present), max(1, weight.shape[1])
+        mean = torch.stack([x.sum(-1) for x in seen]).sum(0) / depth  # [...]
+        squares = [(x - mean.unsqueeze(-1)).square().sum(-1) for x in seen]
+        rstd = (torch.stack(squares).sum(0) / depth + norm_eps).rsqrt()
+        normalised = _normalised(seen, mean, rstd)
+        inputs = [x.to(weight.dtype) for x in _scaled(normalised, norm_weight, norm_bias)]
+        present = None
+
+    blocks = weight.split([x.shape[-1] for x in inputs], dim=1)
+    products = [_product(x, block) for x, block in zip(inputs, blocks, strict=True)]  # [..., O] in float32
+    added = [] if residual is None else [residual.expand(*residual.shape[:-1], width)]
+    sizes, tensors, strides = walk(lead, [*products, *added])
+    walks = [*sizes, *(step for steps in strides for step in steps)]
+    EPILOGUE(
+        tensors[: len(products)], list(range(len(products))), walks, _dense(present), _dense(bias),
+        activation, tensors[-1] if added else None, _dense(gate), out, preact if keep else None,
+    )  # fmt: skip
+    return out, preact, mean, rstd
+
+
+@torch.autocast("cuda", enabled=False)
+def concat_linear_backward(
+    grad: Tensor, inputs: Sequence[Tensor], weight: Tensor, present: Tensor | None, norm_eps: float | None,
+    norm_weight: Tensor | None, norm_bias: Tensor | None, activation: str, gate: Tensor | None,
+    preact: Tensor, mean: Tensor, rstd: Tensor, needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The backward; arguments and results are those of ``torch.ops.mmfast.concat_linear_backward``."""
+    lead = lead_of("concat_linear_backward", inputs)
+    (height, depth), dtype = weight.shape, weight.dtype
+    shapes = [*(x.shape for x in inputs), weight.shape, (height,), (depth,), (depth,)]
+    shapes.append((0,) if gate is None else gate.shape)
+    if grad.numel() == 0:
+        return [weight.new_zeros(shape if need else 0) for shape, need in zip(shapes, needs, strict=True)]
+
+    g, grad_bias, grad_gate = _before_activation(grad, preact, gate, activation, height)  # [rows, O or 2 O]
+    widths = [x.shape[-1] for x in inputs]
+    blocks, columns = weight.split(widths, dim=1), weight.new_empty(height, depth)
+    grads, norm_sums = [], [weight.new_empty(0), weight.new_empty(0)]
+    if norm_eps is not None:
+        x_hats = _normalised(_selected(inputs, lead, present), mean, rstd)
+        scaled = _scaled(x_hats, norm_weight, norm_bias)
+        for x, column in zip(scaled, columns.split(widths, dim=1), strict=True):
+            column.copy_(g.t() @ x.to(dtype).reshape(-1, x.shape[-1]))
+        dys = [(g @ block).float().view(*lead, -1) for block in blocks]
+        rows = list(range(len(lead)))
+        norm_sums = [
+            torch.cat([(dy * x).sum(rows) for dy, x in zip(dys, x_hats, strict=True)]),
+            torch.cat([dy.sum(rows) for dy in dys]),
+        ]
+        dys = _scaled(dys, norm_weight, None)
+        plain = torch.stack([dy.sum(-1) for dy in dys]).sum(0).unsqueeze(-1) / max(1, depth)
+        along = [(dy * x).sum(-1) for dy, x in zip(dys, x_hats, strict=True)]
+        slope = torch.stack(along).sum(0).unsqueeze(-1) / max(1, depth)
+        dxs = [rstd.unsqueeze(-1) * (dy - plain - x * slope) for dy, x in zip(dys, x_hats, strict=True)]
+        dxs = _selected(dxs, lead, present)
+        grads = [dx.sum_to_size(x.shape).to(dtype) for dx, x in zip(dxs, inputs, strict=True)]
+    else:
+        for i, (x, block) in enumerate(zip(inputs, blocks, strict=True)):
+            own = torch.Size((1,) * (len(lead) + 1 - x.ndim)) + x.shape[:-1]
+            mine, seen = g, present
+            if own.numel() < lead.numel():
+                mine, seen = row_sum(g, lead, own, present, i)  # [own rows, O], float32
+            dx = (mine @ block.to(mine.dtype)).view(*own, -1)
+            x = x.view(*own, x.shape[-1])
+            if seen is not None:
+                flag = seen[:, i].view(-1, *[1] * len(own))
+                dx, x = torch.where(flag, dx, 0), torch.where(flag, x, 0)
+            grads.append(dx.to(dtype).view(inputs[i].shape))
+            column = columns.split(widths, dim=1)[i]
+            column.copy_(mine.t() @ x.reshape(-1, x.shape[-1]).to(mine.dtype))
+    parameters = [t.to(dtype) for t in (columns, grad_bias, *norm_sums, grad_gate)]
+    return [t if need else weight.new_empty(0) for t, need in zip([*grads, *parameters], needs, strict=True)]
+
+
+def _before_activation(
+    grad: Tensor, preact: Tensor, gate: Tensor | None, activation: str, height: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient before the activation, and those of bias and gate in float32: fixed parts, added in order."""
+    width = grad.shape[-1]
+    grad = grad.contiguous().view(-1, width)
+    each = 64 * -(-grad.shape[0] // (64 * 256))
+    parts = -(-grad.shape[0] // each)
+    before = grad.new_empty(grad.shape[0], height) if preact.numel() else None
+    bias_sum = grad.new_empty(parts, height, dtype=torch.float32)
+    gate_sum = None if gate is None else grad.new_empty(parts, width, dtype=torch.float32)
+    saw = None if before is None else preact
+    EPILOGUE_BACKWARD(grad, saw, _dense(gate), activation, each, before, bias_sum, gate_sum)
+    grad_gate = grad.new_empty(0)
+    if gate is not None and gate_sum is not None:
+        grad_gate = gate_sum.sum(0) if len(gate) > 1 else gate_sum.sum().view(1)
+        grad_gate = grad_gate * (1 - gate.float().tanh() ** 2)
+    return grad if before is None else before, bias_sum.sum(0), grad_gate
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x`` [..., D] @ ``weight`` [O, D] transposed, in float32 whatever the dtype."""
+    rows = x.reshape(-1, x.shape[-1])
+    if x.dtype == torch.float32:
+        return torch.mm(rows, weight.t()).view(*x.shape[:-1], -1)
+    return torch.mm(rows, weight.t(), out_dtype=torch.float32).view(*x.shape[:-1], -1)
+
+
+def _selected(tensors: Sequence[Tensor], lead: torch.Size, present: Tensor | None) -> list[Tensor]:
+    """Each at every row in float32, zeros where it is absent."""
+    wide = [t.float().expand(*lead, t.shape[-1]) for t in tensors]
+    if present is None:
+        return wide
+    return [torch.where(present[:, i].view(-1, *[1] * len(lead)), t, 0) for i, t in enumerate(wide)]
+
+
+def _normalised(tensors: Sequence[Tensor], mean: Tensor, rstd: Tensor) -> list[Tensor]:
+    return [(t - mean.unsqueeze(-1)) * rstd.unsqueeze(-1) for t in tensors]
+
+
+def _scaled(tensors: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None) -> list[Tensor]:
+    """Each source times its columns of ``scale`` plus those of ``shift``."""
+    ends, out = 0, []
+    for t in tensors:
+        mine = slice(ends, ends := ends + t.shape[-1])
+        t = t if scale is None else t * scale[mine]
+        out.append(t if shift is None else t + shift[mine])
+    return out
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()

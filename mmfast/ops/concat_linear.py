@@ -154,23 +154,13 @@ def _check(
     dtype, device = weight.dtype, weight.device
     if dtype not in DTYPES:
         raise _wrong("weight's dtype", dtype, "float32, bfloat16, float16 or float64")
-    named = [(f"inputs[{i}]", x) for i, x in enumerate(inputs)]
-    named += [
-        (name, t)
-        for name, t in (
-            ("bias", bias),
-            ("norm_weight", norm_weight),
-            ("norm_bias", norm_bias),
-            ("residual", residual),
-            ("gate", gate),
-        )
-        if t is not None
-    ]
-    for name, t in named:
-        if t.dtype != dtype or t.device != device:
+    for i, t in enumerate((*inputs, bias, norm_weight, norm_bias, residual, gate)):
+        if t is not None and (t.dtype != dtype or t.device != device or t.dim() == 0):
+            names = ("bias", "norm_weight", "norm_bias", "residual", "gate")
+            name = f"inputs[{i}]" if i < len(inputs) else names[i - len(inputs)]
+            if t.dim() == 0:
+                raise _wrong(name, "a scalar", "at least one dimension")
             raise _wrong(name, f"{t.dtype} on {t.device}", f"weight's {dtype} on {device}")
-        if t.dim() == 0:
-            raise _wrong(name, "a scalar", "at least one dimension")
 
     if weight.dim() != 2:
         raise _wrong("weight", weight.shape, "[O, sum of the inputs' last dimensions]")

@@ -17,40 +17,17 @@
 #include <vector>
 
 #include "box.h"
-#include "simd/dispatch.h"
 #include "sources.h"
-
-MM_DISPATCH(mmfast_rows, const void*, mmfast::RowType)
+#include "tensors.h"
 
 namespace mmfast {
 namespace {  // a copy for each of the two files
-
-using Tensors = std::vector<Tensor>;
-using Maybe = std::optional<Tensor>;
 
 Activation activation_of(const std::string& name) {
   const char* names[] = {"none", "relu", "gelu", "silu", "swiglu"};
   for (int i = 0; i < 5; ++i)
     if (name == names[i]) return static_cast<Activation>(i);
   STD_TORCH_CHECK(false, "concat_linear: unknown activation ", name);
-}
-
-template <class T>
-const RowKernels<T>& row_kernels() {
-  constexpr RowType type = std::is_same_v<T, double>  ? RowType::f64
-                           : std::is_same_v<T, float> ? RowType::f32
-                                                      : RowType::bf16;
-  return *static_cast<const RowKernels<T>*>(mmfast_rows()(type));
-}
-
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
-template <class T>
-const T* data(const Maybe& t) {
-  return t ? static_cast<const T*>(t->data_ptr()) : nullptr;
 }
 
 Maybe dense(const Maybe& t) { return t ? Maybe(mmfast::dense(*t)) : t; }
@@ -199,17 +176,6 @@ std::vector<A> tanh_of(const Maybe& gate, int64_t n) {  // [n]
   const Tensor g = torch::stable::contiguous(*gate);
   row_kernels<T>().accumulate(wide_gate.data(), 1, data<T>(g), g.numel());
   for (int64_t o = 0; o < n; ++o) out.push_back(std::tanh(wide_gate[wide_gate.size() == 1 ? 0 : o]));
-  return out;
-}
-
-// CPU GEMMs in float16 run at a tenth of the speed of float32, so float16 goes through float32 copies.
-Tensor cast(const Tensor& t, ScalarType type) {
-  return t.scalar_type() == ScalarType::Bool ? t : torch::stable::to(t, type);
-}
-Maybe cast(const Maybe& t, ScalarType type) { return t ? Maybe(cast(*t, type)) : t; }
-Tensors cast(const Tensors& ts, ScalarType type) {
-  Tensors out;
-  for (const auto& t : ts) out.push_back(cast(t, type));
   return out;
 }
 

@@ -30,16 +30,20 @@ inline int64_t product(const Shape& shape) {
   return n;
 }
 
-inline Tensor empty(const Shape& shape, ScalarType type) {
-  Shape strides(shape.size());
-  int64_t stride = 1;
-  for (size_t d = shape.size(); d-- > 0; stride *= std::max<int64_t>(shape[d], 1)) strides[d] = stride;
+inline Tensor empty(const Shape& shape, const Shape& strides, ScalarType type) {
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
                                aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+
+inline Tensor empty(const Shape& shape, ScalarType type) {
+  Shape strides(shape.size());
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0; stride *= std::max<int64_t>(shape[d], 1)) strides[d] = stride;
+  return empty(shape, strides, type);
 }
 
 template <class T>

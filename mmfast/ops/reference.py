@@ -39,3 +39,28 @@ def concat_linear(
     if gate is not None:
         x = torch.tanh(gate) * x
     return x if residual is None else residual + x
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``activation(group_norm(input) * weight + bias + residual)``; see ``mmfast.ops``."""
+    # Of channels_last input PyTorch makes contiguous output on CUDA, and on the CPU is 10 to 30 times slower.
+    x = torch.group_norm(input.contiguous(), num_groups, weight, bias, eps)  # [B, C, ...]
+    if not input.is_contiguous() and channels_last(input):
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if residual is not None:
+        x = x + residual
+    return x if activation == "none" else ACTIVATIONS[activation](x)
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether ``[B, C, ...]`` lies dense in memory as ``[B, ..., C]``."""
+    return x.movedim(1, -1).is_contiguous()

@@ -1,0 +1,103 @@
+// Vectors of one instruction set, for the files of this folder. No torch header, and all of it in an unnamed
+// namespace: each compiled copy keeps its own.
+#pragma once
+
+#include "rows.h"
+
+namespace {
+
+using mmfast::bf16;
+
+#if defined(MMFAST_ISA_avx512) || defined(MMFAST_ISA_avx512bf16)
+constexpr int BYTES = 64;
+#elif defined(MMFAST_ISA_avx2)
+constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
+#endif
+
+using Float = float __attribute__((vector_size(BYTES)));
+using Int = int32_t __attribute__((vector_size(BYTES)));
+using Uint = uint32_t __attribute__((vector_size(BYTES)));
+using Half = uint16_t __attribute__((vector_size(BYTES / 2)));
+using Double = double __attribute__((vector_size(BYTES)));
+
+template <class T>
+struct Traits {
+  using A = float;
+  using V = Float;
+};
+template <>
+struct Traits<double> {
+  using A = double;
+  using V = Double;
+};
+template <class T>
+using Vec = typename Traits<T>::V;
+template <class T>
+using Acc = typename Traits<T>::A;
+template <class T>
+constexpr int lanes = BYTES / sizeof(Acc<T>);
+
+template <class V, class T>
+V bits(const T* p, int64_t count) {  // the rest of the vector is zero
+  V v{};
+  __builtin_memcpy(&v, p, count * sizeof(T));
+  return v;
+}
+
+Float widen(Half h) { return (Float)(__builtin_convertvector(h, Uint) << 16); }
+
+Half narrow(Float x) {  // to nearest even; NaN stays NaN
+  const Uint u = (Uint)x;
+  const Uint rounded = u + 0x7fff + ((u >> 16) & 1);
+  return __builtin_convertvector((x == x ? rounded : u | 0x400000) >> 16, Half);
+}
+
+// A whole vector, or the first `count` elements of one at the end of a row.
+struct Whole {};
+struct Part {
+  int64_t count;
+};
+
+template <class T>
+Vec<T> load(const T* p, Whole) {
+  if constexpr (sizeof(T) == 2)
+    return widen(bits<Half>(p, BYTES / 4));
+  else
+    return bits<Vec<T>>(p, lanes<T>);
+}
+template <class T>
+Vec<T> load(const T* p, Part part) {
+  if constexpr (sizeof(T) == 2)
+    return widen(bits<Half>(p, part.count));
+  else
+    return bits<Vec<T>>(p, part.count);
+}
+template <class T>
+void put(T* p, Vec<T> v, int64_t count) {
+  if constexpr (sizeof(T) == 2) {
+    const Half h = narrow(v);
+    __builtin_memcpy(p, &h, count * sizeof(T));
+  } else {
+    __builtin_memcpy(p, &v, count * sizeof(T));
+  }
+}
+template <class T>
+void store(T* p, Vec<T> v, Whole) {
+  put(p, v, lanes<T>);
+}
+template <class T>
+void store(T* p, Vec<T> v, Part part) {
+  put(p, v, part.count);
+}
+
+// f(first, Whole or Part) over a row of n
+template <class T, class F>
+void sweep(int64_t n, F f) {
+  int64_t c = 0;
+  for (; c + lanes<T> <= n; c += lanes<T>) f(c, Whole{});
+  if (c < n) f(c, Part{n - c});
+}
+
+}  // namespace

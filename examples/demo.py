@@ -156,7 +156,7 @@ def run(dataset: str, steps: int | None, out: Path, quiet: bool) -> dict[str, An
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     log = (json.loads(line) for line in open(Path(jobs["all"].trainer.out) / "metrics.jsonl"))
-    draw(summary, [row["loss"] for row in log if row["split"] == "train"], out / "report.png")
+    draw(summary, [row["loss"] for row in log if row["kind"] == "train"], out / "report.png")
     say(summary)
     return summary
 

@@ -13,7 +13,10 @@ from mmfast import __version__, _native
 from mmfast.ops import available
 from mmfast.ops._backend import choose
 
-_PACKAGES = "torch torchvision torchaudio triton nvidia-dali-cuda130 torchcodec soundfile tokenizers tensorboard".split()
+_PACKAGES = (
+    *("torch", "torchvision", "torchaudio", "triton", "nvidia-dali-cuda130"),
+    *("torchcodec", "soundfile", "tokenizers", "tensorboard"),
+)
 _WITHOUT = {  # what a user loses where a package is missing
     "triton": "no Triton kernels; torch.compile has no GPU code generator",
     "nvidia-dali-cuda130": "images and audio are decoded by torchcodec and soundfile, on the CPU only",

@@ -168,7 +168,7 @@ def test_files_for_wide_instruction_sets_leak_no_symbol():
 
 def test_simd_files_include_no_torch_header():
     allowed = re.compile(r'#include (<immintrin\.h>|<cstdint>|"[a-z_]+\.h")$')
-    for path in [*(ROOT / "csrc/cpu/simd").glob("*.cpp"), ROOT / "csrc/cpu/simd/rows.h"]:
+    for path in (ROOT / "csrc/cpu/simd").iterdir():
         for line in path.read_text().splitlines():
             assert not line.startswith("#include") or allowed.match(line), (path, line)
 

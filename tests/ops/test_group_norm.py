@@ -1,10 +1,12 @@
 """The promises of every op for group_norm, in both memory formats, on every backend that is there."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from check import assert_promised, backends, cast, check, compiled, dtypes, isas, run
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mmfast import _native
@@ -99,6 +101,8 @@ def problems(draw):
     groups = draw(st.sampled_from([1, 2, 3]))
     pixels = draw(st.lists(st.sampled_from([1, 2, 3, 9, 40]), max_size=3))
     shape = (draw(st.sampled_from([0, 1, 2, 5])), groups * draw(st.sampled_from([1, 2, 8, 17])), *pixels)
+    # The gradient through a group of one value is 0, through one of two almost: all rounding, nothing to compare.
+    assume(math.prod(shape[1:]) > 2 * groups)
     layouts = st.sampled_from(LAYOUTS if len(shape) < 3 else [*LAYOUTS, "strided"])
     return example(
         shape,

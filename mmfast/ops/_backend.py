@@ -153,13 +153,12 @@ def _state(op: str, device_type: str, name: str) -> str:
         return _triton_state(op, device_type)
     if name != device_type:
         return f"it is for {name} tensors"
-    if name == "cuda" and not torch.cuda.is_available():
-        return "compiled, not run: no GPU here" if _native.cuda else _native.missing["mmfast_cuda"]
     library = f"mmfast_{name}"
     if library in _native.missing:
         return _native.missing[library]
-    implemented = torch._C._dispatch_has_kernel_for_dispatch_key(f"mmfast::{op}.{name}", name.upper())
-    return READY if implemented else "no kernel yet"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"mmfast::{op}.{name}", name.upper()):
+        return "no kernel yet"
+    return READY if name == "cpu" or torch.cuda.is_available() else "compiled, not run: no GPU here"
 
 
 def _triton_state(op: str, device_type: str) -> str:

@@ -86,18 +86,22 @@ struct Layout {
   }
 };
 
-// A value for each channel, handed out as one for each column of a part.
+// A value for each channel, handed out as one for each column of a part. Aligned: kernels read it for each
+// row.
 template <class A>
-struct PerChannel {
-  std::vector<A> values;  // [C]
-  A run[Layout::RUN];
-  explicit PerChannel(int64_t channels) : values(channels) {}
-  A& operator[](int64_t c) { return values[c]; }
+class PerChannel {
+ public:
+  explicit PerChannel(int64_t channels) : values_(1, channels) {}
+  A& operator[](int64_t c) { return values_.data()[c]; }
   const A* of(const Part& part) {
-    if (part.last) return values.data();
-    std::fill_n(run, part.columns, values[part.first]);
-    return run;
+    if (part.last) return values_.data();
+    std::fill_n(run_, part.columns, values_.data()[part.first]);
+    return run_;
   }
+
+ private:
+  Buffer<A> values_;
+  alignas(64) A run_[Layout::RUN];
 };
 
 struct Moments {
@@ -136,7 +140,7 @@ Tensors forward(const Tensor& input, int64_t groups, const Maybe& weight, const 
   parallel_rows(layout.batch, size, [&](int64_t begin, int64_t end) {
     std::vector<A> means(layout.columns()), m2(layout.columns());
     PerChannel<A> centre(C), scale(C), bias(C);
-    bias.values = b;
+    std::copy(b.begin(), b.end(), &bias[0]);
     for (int64_t s = begin; s < end; ++s) {
       const T* const x = data<T>(input) + s * size;
       std::vector<Moments> moments(groups);

@@ -34,12 +34,11 @@ $(VENV)/native.stamp: $(VENV)/packages.stamp $(NATIVE)
 demo: install
 	$(BIN)/python examples/demo.py $(DEMO)
 
-# The native code is driven from two processes at a time in some tests: two workers fill two cores.
 test: install
 	$(BIN)/python -m pytest -q
 
 bench: install
-	$(BIN)/python -m pytest -q mmfast/bench --benchmark-only
+	$(BIN)/python -m pytest -q mmfast/bench --benchmark-only --benchmark-columns=median,iqr,rounds
 
 tune: install
 	$(BIN)/python -m mmfast.bench.tune

@@ -26,9 +26,9 @@ _WITHOUT = {  # what a user loses where a package is missing
     "tensorboard": "no TensorBoard log; metrics.jsonl holds the same figures",
 }
 _COST = {  # what a user loses where a backend is not ready
-    ("cpu", "cpu"): "plain PyTorch takes its place and concatenates",
+    ("cpu", "cpu"): "plain PyTorch takes its place",
     ("cpu", "triton"): "nothing: on CPU tensors it is for tests",
-    ("cuda", "triton"): "without it plain PyTorch takes its place and concatenates",
+    ("cuda", "triton"): "without it plain PyTorch takes its place",
     ("cuda", "cuda"): "without it Triton or plain PyTorch takes its place",
 }
 

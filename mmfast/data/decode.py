@@ -222,7 +222,7 @@ def resample(wave: Floats, rate: int, wanted: int) -> Floats:
     thread and without its zeros: torchaudio's convolution multiplies by 12 of them for each coefficient from
     44.1 to 16 kHz, and torch's thread pool would compete with the training step's.
     """
-    from scipy.signal import upfirdn  # type: ignore[import-untyped]
+    from scipy.signal import upfirdn
 
     if rate == wanted:
         return wave

@@ -47,7 +47,7 @@ def prepared(dataset: str) -> str:
 class Race:
     """Runs the stock loop in turns with ours, in one process on the same data.
 
-    Ours keeps the log-mels it has made (``data.memory_mb``); the stock loop makes each anew, as people write it.
+    Ours keeps the log-mels it has made (``data.memory_mb``); the stock loop makes each anew.
 
     ``on_step`` is given to ``fit``: after every ``CHUNK`` steps of ours the stock loop takes as many.
     """

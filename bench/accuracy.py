@@ -111,6 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"mmfast: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as stopped:
+        print(f"mmfast: {stopped or 'interrupted'}", file=sys.stderr)
+        return 130
     print(words)
     name = Path(options.config).stem
     record = {

@@ -3,7 +3,6 @@
 import atexit
 import ctypes
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -97,8 +96,6 @@ def parallelize(model: nn.Module, world: World, precision: str = "auto", compile
     if compile:
         for encoder in getattr(model, "encoders", nn.ModuleDict()).values():
             encoder.compile()
-    # an encoder's sequence may be a view; the fusion reads it and writes nothing in place
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     half = dtype is torch.bfloat16
     policy = MixedPrecisionPolicy(
         param_dtype=dtype if half else None, reduce_dtype=torch.float32 if half else None

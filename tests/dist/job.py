@@ -17,7 +17,9 @@ from mmfast.train.optim import adamw  # noqa: E402
 
 def tiny_config(data, out, **changes):
     """The shipped configuration, tiny, without dropout."""
-    arguments = options(data, out, model__dropout=0, trainer__max_steps=20, **changes)
+    arguments = options(
+        data, out, model__dropout=0, model__modality_dropout=0, trainer__max_steps=20, **changes
+    )
     return load_config(arguments[1], arguments[2:])
 
 

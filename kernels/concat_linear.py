@@ -200,9 +200,8 @@ def concat_linear(
     lead = lead_of("concat_linear", inputs)
     rows, height = lead.numel(), weight.shape[0]
     width = height // 2 if activation == "swiglu" else height
-    keep = save and (activation != "none" or gate is not None)
     out = weight.new_empty(*lead, width)
-    preact = weight.new_empty((*lead, height) if keep else 0)
+    preact = weight.new_empty((*lead, height) if save else 0)
     mean, rstd = (weight.new_empty(0 if norm_eps is None else lead, dtype=torch.float32) for _ in range(2))
     if out.numel() == 0:
         return out, preact, mean, rstd
@@ -232,7 +231,7 @@ def concat_linear(
                 *sizes[1:], flags[2], BLOCK_M=16, BLOCK_K=128,
             )  # fmt: skip
         _run(
-            out, preact if keep else None, sources, pooled_sources, weight, bias, flags, norm,
+            out, preact if save else None, sources, pooled_sources, weight, bias, flags, norm,
             Source(*rows_of[-1]) if added else None, gate, sizes, activation,
         )  # fmt: skip
     return out, preact, mean, rstd

@@ -38,9 +38,8 @@ def concat_linear(
     lead = lead_of("concat_linear", inputs)
     height = weight.shape[0]
     width = height // 2 if activation == "swiglu" else height
-    keep = save and (activation != "none" or gate is not None)
     out = weight.new_empty(*lead, width)
-    preact = weight.new_empty((*lead, height) if keep else 0)
+    preact = weight.new_empty((*lead, height) if save else 0)
     mean, rstd = (weight.new_empty(0 if norm_eps is None else lead, dtype=torch.float32) for _ in range(2))
     if out.numel() == 0:
         return out, preact, mean, rstd
@@ -60,7 +59,7 @@ def concat_linear(
     walks = [*sizes, *(step for steps in strides for step in steps)]
     EPILOGUE(
         tensors[: len(products)], list(range(len(products))), walks, _dense(present), _dense(bias),
-        activation, tensors[-1] if added else None, _dense(gate), out, preact if keep else None,
+        activation, tensors[-1] if added else None, _dense(gate), out, preact if save else None,
     )  # fmt: skip
     return out, preact, mean, rstd
 

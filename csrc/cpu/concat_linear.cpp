@@ -9,11 +9,11 @@ Tensors forward(const Tensors& inputs, const Tensor& weight, const Maybe& bias_,
                 std::optional<double> norm_eps, const Maybe& norm_weight, const Maybe& norm_bias,
                 Activation activation, const Maybe& residual_, const Maybe& gate_, bool save) {
   using A = typename wide<T>::type;
+  const auto& wide_kernels = row_kernels<A>();
   const Problem<T> p(inputs, weight, present, norm_eps.has_value(), norm_weight, norm_bias);
   const Maybe bias = dense(bias_), residual = dense(residual_);
   const int64_t n = activation == Activation::swiglu ? p.width / 2 : p.width;
   const std::vector<A> gate = tanh_of<A, T>(gate_, n);
-  const bool bent = activation != Activation::none || gate_;
 
   Shape lead;  // as PyTorch has it: possibly none
   for (const auto& t : inputs)
@@ -24,12 +24,8 @@ Tensors forward(const Tensors& inputs, const Tensor& weight, const Maybe& bias_,
     return out;
   };
   const ScalarType type = scalar_type<T>, wide_type = scalar_type<A>;
-  Tensor out = empty(shape(n), type);
+  Tensor out = empty(shape(n), type), preact = empty(save ? shape(p.width) : Shape{0}, type);
   Tensor mean = empty(p.norm ? lead : Shape{0}, wide_type), rstd = empty(p.norm ? lead : Shape{0}, wide_type);
-  Tensor preact = empty(bent && save ? shape(p.width) : Shape{0}, type);
-  Tensor linear = preact;  // where the products go
-  if (!(bent && save)) linear = p.width == n ? out : empty(shape(p.width), type);
-  const Matrix<T> z{data<T>(linear), p.rows, p.width, p.width};
 
   // [width], what every row starts from: bias + W @ norm_bias
   std::vector<A> base(p.width, 0);
@@ -42,44 +38,73 @@ Tensors forward(const Tensors& inputs, const Tensor& weight, const Maybe& bias_,
         for (int64_t o = 0; o < p.width; ++o) base[o] += c[o];
       }
   }
-  std::vector<std::optional<Buffer<A>>> pooled(p.sources.size());
-  for (size_t i = 0; i < p.sources.size(); ++i)
-    if (!p.sources[i].full) pooled[i] = p.pooled_product(i);
+  // what the pooled sources add to a row [own rows, width], those that broadcast alike added up
+  struct Pooled {
+    const Source<T>* source;
+    Buffer<A> sum;
+  };
+  std::vector<Pooled> pooled;
+  for (size_t i = 0; i < p.sources.size(); ++i) {
+    const auto& s = p.sources[i];
+    if (s.full) continue;
+    Buffer<A> product = p.pooled_product(i);
+    const auto alike = std::find_if(pooled.begin(), pooled.end(), [&](const Pooled& other) {
+      return other.source->sizes == s.sizes && !other.source->shared() && !s.shared();
+    });
+    if (alike == pooled.end())
+      pooled.push_back({&s, std::move(product)});
+    else
+      wide_kernels.accumulate(alike->sum.data(), 1, product.data(), s.rows * p.width);
+  }
   const A* const m = data<A>(mean);
   const A* const v = data<A>(rstd);
 
   std::optional<Source<T>> skip;
   if (residual) skip = source<T>(*residual, 0, p.lead);
-  const auto skip_rows = skip ? row_pointers(*skip) : std::vector<const T*>();
-  parallel_rows(p.rows, p.width, [&](int64_t begin, int64_t end) {
-    std::vector<const A*> terms(2 * p.sources.size() + 1);
-    std::vector<A> scales(terms.size());
-    for (int64_t r = begin; r < end; ++r) {
-      int64_t count = 0;
-      const auto term = [&](const A* row, A scale) { terms[count] = row, scales[count++] = scale; };
-      term(base.data(), 1);
-      for (size_t i = 0; i < p.sources.size(); ++i) {
-        const auto& s = p.sources[i];
-        const bool visible = p.visible(s, r);
-        if (visible && !s.full) term(pooled[i]->row(s.row(r)), p.norm ? v[r] : 1);
-        if (p.norm && !(visible && s.full)) term(p.u[i].data(), v[r] * (p.mean(i, r) - m[r]));
-      }
-      const T* extra = residual && !bent ? skip_rows[skip->row(r)] : nullptr;
-      p.kernels.combine(z.row(r), extra, count, terms.data(), scales.data(), p.width);
-    }
-  });
-  for (const auto& s : p.sources) {
+  const Rows<T> skip_rows = skip ? row_pointers(*skip) : Rows<T>();
+
+  const int64_t halves = activation == Activation::swiglu ? 2 : 1;  // made at once
+  std::vector<Term<T>> terms;
+  std::vector<Centring<T>> centrings(p.sources.size());
+  for (size_t i = 0; i < p.sources.size(); ++i) {
+    const auto& s = p.sources[i];
     if (!s.full) continue;
-    const Centring<T> centring{p.kernels, m, v, p.norm_weight_of(s)};
-    each_block(s, p.norm ? &centring : nullptr, false,
-               [&](const Block<T>& block) { p.scatter(z, block, p.columns(s).transposed(), true); });
+    centrings[i] = {m, v, p.norm_weight_of(s)};
+    terms.push_back({row_pointers(s), p.transposed_columns(s, halves), p.norm ? &centrings[i] : nullptr});
   }
-  if (bent)
-    parallel_rows(p.rows, p.width, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r)
-        p.kernels.epilogue(data<T>(out) + r * n, z.row(r), gate.empty() ? nullptr : gate.data(),
-                           residual ? skip_rows[skip->row(r)] : nullptr, activation, n);
-    });
+  // Where one table says what a row starts from, it is read in place.
+  const bool table = !p.norm && (pooled.empty() || (pooled.size() == 1 && !pooled[0].source->shared()));
+  if (table && !pooled.empty())
+    for (int64_t q = 0; q < pooled[0].source->rows; ++q)
+      wide_kernels.accumulate(pooled[0].sum.row(q), 1, base.data(), p.width);
+  const int64_t tile_width = tile_kernels<T>().columns;
+  T *const y = data<T>(out), *const z = data<T>(preact);
+  const auto begin = [&](int64_t r, int64_t first, int64_t count, int64_t half, A* c) -> const A* {
+    for (int64_t o = 0; o < count; o += 64 / sizeof(T)) __builtin_prefetch(y + r * n + first + o, 1);
+    first += half * n;
+    if (table) {
+      const A* row = pooled.empty() ? base.data() : pooled[0].sum.row(pooled[0].source->row(r));
+      return count == tile_width ? row + first : std::copy_n(row + first, count, c) - count;
+    }
+    std::copy_n(base.data() + first, count, c);
+    for (const auto& [s, sum] : pooled)
+      if (!s->shared() || p.visible(*s, r))
+        wide_kernels.accumulate(c, p.norm ? v[r] : 1, sum.row(s->row(r)) + first, count);
+    if (p.norm)
+      for (size_t i = 0; i < p.sources.size(); ++i)
+        if (const auto& s = p.sources[i]; !(s.full && p.visible(s, r)))
+          wide_kernels.accumulate(c, v[r] * (p.mean(i, r) - m[r]), p.u[i].data() + first, count);
+    return c;
+  };
+  const auto end = [&](int64_t r, int64_t first, int64_t count, const A* c, const A* other) {
+    if (save) {
+      p.kernels.narrow(z + r * p.width + first, c, count);
+      if (other) p.kernels.narrow(z + r * p.width + n + first, other, count);
+    }
+    p.kernels.epilogue(y + r * n + first, c, other, gate.empty() ? nullptr : gate.data() + first,
+                       skip ? skip_rows[skip->row(r)] + first : nullptr, activation, count);
+  };
+  sum_of_products(p.rows, n, halves, terms, begin, end);
   return {out, preact, mean, rstd};
 }
 

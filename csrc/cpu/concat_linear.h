@@ -1,9 +1,9 @@
 // What the forward and the backward of concat_linear share.
 //
-// Nothing is concatenated. A source with a row for every output row ("full") is multiplied by its own columns
-// of the weight straight into the output; a broadcast one ("pooled") is multiplied at its own size, and its
-// rows are what the output starts from. Under a norm, with x^ = (x - mean) rstd and u_i = W_i @
-// norm_weight_i,
+// Nothing is concatenated. The sources with a row for every output row ("full") are multiplied by their own
+// columns of the weight in one go over the output; a broadcast one ("pooled") is multiplied at its own size
+// before, and its rows are what the output starts from. Under a norm, with x^ = (x - mean) rstd and u_i = W_i
+// @ norm_weight_i,
 //
 //   x^_r @ (norm_weight W_i).T = rstd_r ((p - m) norm_weight) @ W_i.T + rstd_r (m - mean_r) u_i
 //
@@ -129,42 +129,30 @@ struct Problem {
     return out;
   }
 
-  // A pooled source's rows times its columns of the weight [own rows, width]; absent rows are left unwritten.
-  Buffer<A> pooled_product(size_t i) const {
-    const auto& s = sources[i];
-    Buffer<T> product(s.rows, width);
-    const Centring<T> centring{kernels, norm ? means[i].data() : nullptr, nullptr, norm_weight_of(s)};
-    each_block(s, norm ? &centring : nullptr, false, [&](const Block<T>& block) {
-      scatter(product.matrix(), block, columns(s).transposed(), false);
-    });
-    Buffer<A> out(s.rows, width);
-    parallel_rows(s.rows, width, [&](int64_t begin, int64_t end) {
-      for (int64_t q = begin; q < end; ++q) {
-        if (!s.visible(q)) continue;
-        std::fill_n(out.row(q), width, A(0));
-        kernels.accumulate(out.row(q), 1, product.row(q), width);
-      }
-    });
+  // W_i.T [D_i, width], each of the `sums` equal parts of its columns packed on its own
+  std::vector<Right<T>> transposed_columns(const Source<T>& s, int64_t sums = 1) const {
+    const Rows<T> rows = row_pointers(columns(s));
+    const auto at = [&](int64_t part) { return rows.begin() + part * (width / sums); };
+    std::vector<Right<T>> out;
+    for (int64_t part = 0; part < sums; ++part)
+      out.push_back(Right<T>::of_columns(Rows<T>(at(part), at(part + 1)), s.depth));
     return out;
   }
 
-  // out[own rows of the block] = or += block @ right
-  void scatter(const Matrix<T>& out, const Block<T>& block, const Matrix<const T>& right,
-               bool accumulate) const {
-    if (!block.rows) {
-      gemm(out.rows_from(block.first, block.x.rows), block.x, right, accumulate);
-      return;
-    }
-    Buffer<T> product(block.x.rows, out.columns);
-    gemm(product.matrix(), block.x, right, false);
-    parallel_rows(block.x.rows, out.columns, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        if (accumulate)
-          kernels.add(out.row(block.rows[k]), product.row(k), out.columns);
-        else
-          std::memcpy(out.row(block.rows[k]), product.row(k), out.columns * sizeof(T));
-      }
-    });
+  // A pooled source's rows times its columns of the weight [own rows, width], 0 where it is absent.
+  Buffer<A> pooled_product(size_t i) const {
+    const auto& s = sources[i];
+    Buffer<A> out(s.rows, width);
+    const Centring<T> centring{norm ? means[i].data() : nullptr, nullptr, norm_weight_of(s)};
+    std::vector<Term<T>> terms;
+    terms.push_back({row_pointers(s), transposed_columns(s), norm ? &centring : nullptr});
+    const std::vector<A> zeros(tile_kernels<T>().columns, 0);
+    sum_of_products(
+        s.rows, width, 1, terms, [&](int64_t, int64_t, int64_t, int64_t, A*) { return zeros.data(); },
+        [&](int64_t r, int64_t first, int64_t count, const A* c, const A*) {
+          std::copy_n(c, count, out.row(r) + first);
+        });
+    return out;
   }
 };
 

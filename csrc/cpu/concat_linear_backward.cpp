@@ -40,12 +40,6 @@ std::vector<A> row_sums(const RowKernels<T>& kernels, const Matrix<const T>& g, 
   return sums;
 }
 
-template <class T, class A>
-void narrow(const RowKernels<T>& kernels, T* out, const A* x, int64_t n) {
-  const A one = 1;
-  kernels.combine(out, nullptr, 1, &x, &one, n);
-}
-
 template <class T>
 struct Backward {
   using A = typename wide<T>::type;
@@ -84,37 +78,30 @@ struct Backward {
     return out;
   }
 
-  // dx = g @ W_i at the visible rows, 0 at the others
-  void input_product(const Source<T>& s, const T* rows, T* dx) const {
-    if (!s.always()) std::memset(static_cast<void*>(dx), 0, s.rows * s.depth * sizeof(T));
-    each_block(s.with(rows, p.width), static_cast<const Centring<T>*>(nullptr), false,
-               [&](const Block<T>& block) {
-                 p.scatter(Matrix<T>{dx, s.rows, s.depth, s.depth}, block, p.columns(s), false);
-               });
+  // dx = rows @ W_i, 0 where the source is absent
+  void input_product(const Source<T>& s, const Rows<T>& x, Rows<T> rows, T* dx) const {
+    for (int64_t r = 0; r < s.rows; ++r)
+      if (!x[r]) rows[r] = nullptr;
+    std::vector<Term<T>> terms;
+    terms.push_back({std::move(rows), {}, nullptr});
+    terms[0].right.push_back(Right<T>::of_rows(row_pointers(p.columns(s)), s.depth));
+    const std::vector<A> zeros(tile_kernels<T>().columns, 0);
+    sum_of_products(
+        s.rows, s.depth, 1, terms, [&](int64_t, int64_t, int64_t, int64_t, A*) { return zeros.data(); },
+        [&](int64_t r, int64_t first, int64_t count, const A* c, const A*) {
+          p.kernels.narrow(dx + r * s.depth + first, c, count);
+        });
   }
 
-  // dW_i = g.T @ x, with x centred under a norm; `rows` holds g at the source's own size
-  void weight_product(size_t i, const T* rows, T* dweight) const {
+  // dW_i = rows.T @ x, with x centred under a norm
+  void weight_product(size_t i, const Rows<T>& x, const Rows<T>& rows, T* dweight) const {
     const auto& s = p.sources[i];
-    const Matrix<T> out{dweight + s.column, p.width, s.depth, p.depth};
-    const Centring<T> centring{p.kernels, s.full || !p.norm ? mean : p.means[i].data(),
-                               s.full ? rstd : nullptr, nullptr};
-    bool begun = false;  // in bfloat16 each further block would round the sum again
-    each_block(s, p.norm ? &centring : nullptr, std::is_same_v<T, bf16>, [&](const Block<T>& block) {
-      const Matrix<const T> all{rows, s.rows, p.width, p.width};
-      if (!block.rows) {
-        gemm(out, all.rows_from(block.first, block.x.rows).transposed(), block.x, begun);
-      } else {
-        Buffer<T> picked(block.x.rows, p.width);
-        for (int64_t k = 0; k < block.x.rows; ++k)
-          std::memcpy(picked.row(k), all.row(block.rows[k]), p.width * sizeof(T));
-        gemm(out, Matrix<const T>{picked.data(), block.x.rows, p.width, p.width}.transposed(), block.x,
-             begun);
-      }
-      begun = true;
-    });
-    if (!begun)
-      for (int64_t o = 0; o < p.width; ++o) std::fill_n(out.row(o), s.depth, T{});
+    const Centring<T> centring{s.full || !p.norm ? mean : p.means[i].data(), s.full ? rstd : nullptr,
+                               nullptr};
+    product_over_rows(rows, p.width, x, s.depth, p.norm ? &centring : nullptr,
+                      [&](int64_t o, int64_t first, int64_t count, const A* c) {
+                        p.kernels.narrow(dweight + o * p.depth + s.column + first, c, count);
+                      });
   }
 
   void run() {
@@ -124,25 +111,25 @@ struct Backward {
     std::optional<Buffer<T>> unwanted;  // the weight's gradient, where only the norm's parameters need it
     T* const dweight = needs[n] || !any_weight ? grad(n) : unwanted.emplace(p.width, p.depth).data();
 
-    std::vector<std::vector<A>> pooled(n);  // [own rows, width]
-    std::vector<std::optional<Buffer<T>>> rows(n);
+    std::vector<std::optional<Buffer<T>>> pooled(n);  // sums of g [own rows, width]
+    std::vector<Rows<T>> x(n), rows(n);               // of each source, and of g at its own size
     for (size_t i = 0; i < n; ++i) {
       const auto& s = p.sources[i];
-      if (s.full || !(needs[i] || any_weight || (p.norm && any_input))) continue;
-      pooled[i] = pooled_sums(s);
-      rows[i].emplace(s.rows, p.width);
-      narrow(p.kernels, rows[i]->data(), pooled[i].data(), s.rows * p.width);
-    }
-    for (size_t i = 0; i < n; ++i) {
-      const T* own = p.sources[i].full ? g.data : rows[i] ? rows[i]->data() : nullptr;
-      if (any_weight) weight_product(i, own, dweight);
-      if (needs[i] && !p.norm) input_product(p.sources[i], own, grad(i));
+      if (!(needs[i] || any_weight || (p.norm && any_input))) continue;
+      x[i] = row_pointers(s);
+      if (!s.full) {
+        const std::vector<A> sums = pooled_sums(s);
+        p.kernels.narrow(pooled[i].emplace(s.rows, p.width).data(), sums.data(), s.rows * p.width);
+      }
+      rows[i] = row_pointers(s.full ? g : pooled[i]->matrix());
+      if (any_weight) weight_product(i, x[i], rows[i], dweight);
+      if (needs[i] && !p.norm) input_product(s, x[i], rows[i], grad(i));
     }
     std::vector<A> dbias;
     if (needs[n + 1] || (p.norm && any_weight)) dbias = total();
-    if (needs[n + 1]) narrow(p.kernels, grad(n + 1), dbias.data(), p.width);
+    if (needs[n + 1]) p.kernels.narrow(grad(n + 1), dbias.data(), p.width);
     if (p.norm && any_weight) finish_weight(dweight, dbias);
-    if (p.norm && any_input) norm_inputs(rows);
+    if (p.norm && any_input) norm_inputs(x, rows);
   }
 
   // dW = (Z + K) norm_weight + dbias norm_bias, Z = g.T @ x^ so far, K the part that the centring left out.
@@ -163,24 +150,22 @@ struct Backward {
         p.kernels.accumulate(&dnorm_bias[s.column], dbias[o], w, s.depth);
       }
     }
-    if (needs[n + 2]) narrow(p.kernels, grad(n + 2), dnorm_weight.data(), p.depth);
-    if (needs[n + 3]) narrow(p.kernels, grad(n + 3), dnorm_bias.data(), p.depth);
+    if (needs[n + 2]) p.kernels.narrow(grad(n + 2), dnorm_weight.data(), p.depth);
+    if (needs[n + 3]) p.kernels.narrow(grad(n + 3), dnorm_bias.data(), p.depth);
   }
 
   // With dy = g @ W and d = dy norm_weight: dx = rstd (d - avg(d) - x^ avg(d x^)), averages over the
   // concatenation.
-  void norm_inputs(const std::vector<std::optional<Buffer<T>>>& rows) {
+  void norm_inputs(const std::vector<Rows<T>>& x, const std::vector<Rows<T>>& rows) {
     const size_t n = p.sources.size();
     std::vector<A> avg(2 * p.rows, 0);  // avg(d), avg(d x^) of each row
-    std::vector<std::vector<const T*>> x(n);
     std::vector<std::optional<Buffer<T>>> unwanted(n);
     std::vector<T*> dx(n);
     for (size_t i = 0; i < n; ++i) {
       const auto& s = p.sources[i];
       if (s.full || needs[i]) {
         dx[i] = needs[i] ? grad(i) : unwanted[i].emplace(s.rows, s.depth).data();
-        x[i] = row_pointers(s);
-        input_product(s, s.full ? g.data : rows[i]->data(), dx[i]);
+        input_product(s, x[i], rows[i], dx[i]);
       }
       const std::optional<Buffer<A>> projected = s.full ? std::nullopt : std::optional(p.pooled_product(i));
       parallel_rows(p.rows, p.depth, [&](int64_t begin, int64_t end) {
@@ -264,7 +249,7 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensor& weigh
       for (int64_t o = 0; o < out_width; ++o) dgate[o] *= 1 - gate[o] * gate[o];
       if (gate_->numel() == 1)
         for (int64_t o = 1; o < out_width; ++o) dgate[0] += dgate[o];
-      narrow(p.kernels, data<T>(grads[n + 4]), dgate.data(), gate_->numel());
+      p.kernels.narrow(data<T>(grads[n + 4]), dgate.data(), gate_->numel());
     }
   } else if (needs[n + 4]) {
     torch::stable::zero_(grads[n + 4]);

@@ -93,9 +93,13 @@ class _ConcatLinear(torch.autograd.Function):
         ctx: Any, backend: str, norm_eps: float | None, activation: str, present: Tensor | None, *tensors: Any
     ) -> Tensor:
         weight, bias, norm_weight, norm_bias, residual, gate, *inputs = tensors
+        # where relu comes last, its output shows as well where its input was positive
+        relu_last = activation == "relu" and gate is None and residual is None
+        save = (activation != "none" or gate is not None) and not relu_last
         out, preact, mean, rstd = _FORWARD[backend](
-            inputs, weight, bias, present, norm_eps, norm_weight, norm_bias, activation, residual, gate, True
+            inputs, weight, bias, present, norm_eps, norm_weight, norm_bias, activation, residual, gate, save
         )
+        preact = out if relu_last else preact
         ctx.options = backend, norm_eps, activation, None if residual is None else residual.shape
         ctx.save_for_backward(present, weight, norm_weight, norm_bias, gate, preact, mean, rstd, *inputs)
         return out
@@ -227,12 +231,11 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lead = torch.broadcast_shapes(*[x.shape[:-1] for x in inputs])
     width = weight.shape[0]
-    bent = activation != "none" or gate is not None
     moments = lead if norm_eps is not None else (0,)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return (
         weight.new_empty(*lead, width // 2 if activation == "swiglu" else width),
-        weight.new_empty((*lead, width) if save and bent else (0,)),
+        weight.new_empty((*lead, width) if save else (0,)),
         weight.new_empty(moments, dtype=wide),
         weight.new_empty(moments, dtype=wide),
     )

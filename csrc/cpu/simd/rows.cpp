@@ -102,14 +102,8 @@ V slope(Activation activation, V x) {
 }
 
 template <class T>
-void combine(T* out, const T* extra, int64_t count, const Acc<T>* const* terms, const Acc<T>* scales,
-             int64_t n) {
-  sweep<T>(n, [&](int64_t c, auto part) {
-    Vec<T> sum{};
-    if (extra) sum = load(extra + c, part);
-    for (int64_t k = 0; k < count; ++k) sum += scales[k] * load(terms[k] + c, part);
-    store(out + c, sum, part);
-  });
+void narrow(T* out, const Acc<T>* x, int64_t n) {
+  sweep<T>(n, [&](int64_t c, auto part) { store(out + c, load(x + c, part), part); });
 }
 
 template <class T>
@@ -120,11 +114,6 @@ void accumulate(Acc<T>* sum, Acc<T> scale, const T* x, int64_t n) {
 }
 
 template <class T>
-void add(T* out, const T* x, int64_t n) {
-  sweep<T>(n, [&](int64_t c, auto part) { store(out + c, load(out + c, part) + load(x + c, part), part); });
-}
-
-template <class T>
 Acc<T> dot(const T* x, const Acc<T>* y, int64_t n) {
   Vec<T> sum{};
   sweep<T>(n, [&](int64_t c, auto part) { sum += load(x + c, part) * load(y + c, part); });
@@ -132,10 +121,11 @@ Acc<T> dot(const T* x, const Acc<T>* y, int64_t n) {
 }
 
 template <class T, Activation activation>
-void epilogue_of(T* out, const T* preact, const Acc<T>* gate, const T* residual, int64_t n) {
+__attribute__((noinline)) void epilogue_of(T* out, const Acc<T>* preact, const Acc<T>* other,
+                                           const Acc<T>* gate, const T* residual, int64_t n) {
   sweep<T>(n, [&](int64_t c, auto part) {
     Vec<T> y = activate(activation, load(preact + c, part));
-    if constexpr (activation == Activation::swiglu) y *= load(preact + n + c, part);
+    if constexpr (activation == Activation::swiglu) y *= load(other + c, part);
     if (gate) y *= load(gate + c, part);
     if (residual) y += load(residual + c, part);
     store(out + c, y, part);
@@ -174,9 +164,9 @@ void epilogue_backward_of(T* dpreact, Acc<T>* dgate, const T* grad, const T* pre
   }
 
 template <class T>
-void epilogue(T* out, const T* preact, const Acc<T>* gate, const T* residual, Activation activation,
-              int64_t n) {
-  MM_BY_ACTIVATION(epilogue_of, out, preact, gate, residual, n)
+void epilogue(T* out, const Acc<T>* preact, const Acc<T>* other, const Acc<T>* gate, const T* residual,
+              Activation activation, int64_t n) {
+  MM_BY_ACTIVATION(epilogue_of, out, preact, other, gate, residual, n)
 }
 
 template <class T>
@@ -256,9 +246,9 @@ void norm_weights(T* z, Acc<T>* dweight, const T* w, Acc<T> k, Acc<T> c, const T
 }
 
 template <class T>
-constexpr RowKernels<T> kernels = {combine<T>,   accumulate<T>,        add<T>,         dot<T>,
-                                   epilogue<T>,  epilogue_backward<T>, moments<T>,     normalize<T>,
-                                   norm_sums<T>, norm_backward<T>,     norm_weights<T>};
+constexpr RowKernels<T> kernels = {
+    narrow<T>,  accumulate<T>, dot<T>,       epilogue<T>,      epilogue_backward<T>,
+    moments<T>, normalize<T>,  norm_sums<T>, norm_backward<T>, norm_weights<T>};
 
 }  // namespace
 

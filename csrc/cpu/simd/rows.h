@@ -27,16 +27,14 @@ enum class RowType : int { f32, f64, bf16 };
 // T is what memory holds, A what sums are made in. n counts elements. A null pointer leaves its term out.
 template <class T, class A = typename wide<T>::type>
 struct RowKernels {
-  // out = extra + sum_k scales[k] * terms[k]
-  void (*combine)(T* out, const T* extra, int64_t count, const A* const* terms, const A* scales, int64_t n);
+  // out = x
+  void (*narrow)(T* out, const A* x, int64_t n);
   // sum += scale * x
   void (*accumulate)(A* sum, A scale, const T* x, int64_t n);
-  // out += x
-  void (*add)(T* out, const T* x, int64_t n);
   A (*dot)(const T* x, const A* y, int64_t n);
-  // out = residual + gate * activation(preact); swiglu reads 2 n of preact. out may be preact.
-  void (*epilogue)(T* out, const T* preact, const A* gate, const T* residual, Activation activation,
-                   int64_t n);
+  // out = residual + gate * activation(preact), for swiglu times `other`
+  void (*epilogue)(T* out, const A* preact, const A* other, const A* gate, const T* residual,
+                   Activation activation, int64_t n);
   // dpreact = grad * gate * activation'(preact);  dgate += grad * activation(preact)
   void (*epilogue_backward)(T* dpreact, A* dgate, const T* grad, const T* preact, const A* gate,
                             Activation activation, int64_t n);

@@ -62,9 +62,13 @@ Float widen(Half h) {  // GCC makes five instructions of __builtin_convertvector
 }
 
 Half narrow(Float x) {  // to nearest even; NaN stays NaN
+#ifdef __AVX512BF16__
+  return (Half)_mm512_cvtneps_pbh((__m512)x);
+#else
   const Uint u = (Uint)x;
   const Uint rounded = u + 0x7fff + ((u >> 16) & 1);
   return __builtin_convertvector((x == x ? rounded : u | 0x400000) >> 16, Half);
+#endif
 }
 
 // A whole vector, or the first `count` elements of one at the end of a row.

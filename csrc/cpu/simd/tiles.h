@@ -1,0 +1,28 @@
+// Kernels of a matrix product, as csrc/cpu/simd/tiles.cpp compiles them for each instruction set. Types and
+// pointers only: see rows.h.
+#pragma once
+
+#include "rows.h"
+
+namespace mmfast {
+
+// A product is made of tiles [rows, columns] whose sums stay in registers. Consecutive k lie together in groups
+// of `group` (2 where an instruction takes pairs of bfloat16): what is packed has the shape
+// [depth / group, width, group], the last group and the last columns filled up with zeros.
+template <class T, class A = typename wide<T>::type>
+struct TileKernels {
+  int64_t rows, columns, group;
+  int64_t bytes;  // of an element of the right-hand side once packed
+  // The left-hand side for one tile, width `rows`: element (k, i) is from[k][i].
+  void (*pack_left)(T* to, const T* const* from, int64_t first, int64_t depth, int64_t count);
+  // The right-hand side for one tile, width `columns`: element (k, j) is from[k][first + j].
+  void (*pack_rows)(void* to, const T* const* from, int64_t first, int64_t depth, int64_t count);
+  // The same of a transposed one: element (k, j) is from[j][k].
+  void (*pack_columns)(void* to, const T* const* from, int64_t depth, int64_t count);
+  // c [rows, columns] = start + left @ right: start's row i lies at start[i], which may be c's own, and left's
+  // element (i, k) is left[i][k / group * step + k % group]
+  void (*multiply)(A* c, const A* const* start, const T* const* left, int64_t step, const void* right,
+                   int64_t depth);
+};
+
+}  // namespace mmfast

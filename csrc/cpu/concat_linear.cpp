@@ -80,7 +80,7 @@ Tensors forward(const Tensors& inputs, const Tensor& weight, const Maybe& bias_,
   const int64_t tile_width = tile_kernels<T>().columns;
   T *const y = data<T>(out), *const z = data<T>(preact);
   const auto begin = [&](int64_t r, int64_t first, int64_t count, int64_t half, A* c) -> const A* {
-    for (int64_t o = 0; o < count; o += 64 / sizeof(T)) __builtin_prefetch(y + r * n + first + o, 1);
+    fetch_to_write(y + r * n + first, count);
     first += half * n;
     if (table) {
       const A* row = pooled.empty() ? base.data() : pooled[0].sum.row(pooled[0].source->row(r));

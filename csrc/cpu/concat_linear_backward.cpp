@@ -87,7 +87,11 @@ struct Backward {
     terms[0].right.push_back(Right<T>::of_rows(row_pointers(p.columns(s)), s.depth));
     const std::vector<A> zeros(tile_kernels<T>().columns, 0);
     sum_of_products(
-        s.rows, s.depth, 1, terms, [&](int64_t, int64_t, int64_t, int64_t, A*) { return zeros.data(); },
+        s.rows, s.depth, 1, terms,
+        [&](int64_t r, int64_t first, int64_t count, int64_t, A*) {
+          fetch_to_write(dx + r * s.depth + first, count);
+          return zeros.data();
+        },
         [&](int64_t r, int64_t first, int64_t count, const A* c, const A*) {
           p.kernels.narrow(dx + r * s.depth + first, c, count);
         });

@@ -1,5 +1,5 @@
-// Products of matrices whose rows lie anywhere: PyTorch's GEMMs want one stride, take one pair of matrices a call
-// and leave bias, activation and the sum over several sources to further passes over memory.
+// Products of matrices whose rows lie anywhere: PyTorch's GEMMs want one stride, take one pair of matrices a
+// call and leave bias, activation and the sum over several sources to further passes over memory.
 #pragma once
 
 #include <atomic>
@@ -19,6 +19,18 @@ const TileKernels<T>& tile_kernels() {
 }
 
 inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// worker(take) on every thread, where take() is the next task, or -1 after the last: whoever is free goes on,
+// since absence makes some tasks short, and another process may have a core for a while.
+template <class F>
+void take_turns(int64_t tasks, const F& worker) {
+  std::atomic<int64_t> next = 0;
+  const auto take = [&] {
+    const int64_t task = next++;
+    return task < tasks ? task : -1;
+  };
+  if (tasks > 0) torch::stable::parallel_for(0, tasks, 1, [&](int64_t, int64_t) { worker(take); });
+}
 
 // A pointer to each row of a matrix; in what follows a null pointer is a row that is not there.
 template <class T>
@@ -41,6 +53,12 @@ struct Centring {
     row_kernels<T>().normalize(out, x, mean[r], rstd ? rstd[r] : 1, weight, n);
   }
 };
+
+// Ask for the cache lines of to[0 .. n) while a tile is being made: its rows are written far apart.
+template <class T>
+void fetch_to_write(const T* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(to + i, 1);
+}
 
 // The right-hand side of products, [depth, columns], packed for the tiles.
 template <class T>
@@ -66,8 +84,9 @@ class Right {
   template <class Pack>
   Right(int64_t depth_, int64_t columns, Pack pack)
       : depth(depth_),
-        memory_(parts(columns, kernels().columns),
-                parts(parts(depth, kernels().group) * kernels().group * kernels().columns * kernels().bytes, 4)) {
+        memory_(
+            parts(columns, kernels().columns),
+            parts(parts(depth, kernels().group) * kernels().group * kernels().columns * kernels().bytes, 4)) {
     const int64_t width = kernels().columns;
     parallel_rows(parts(columns, width), depth * width, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p)
@@ -115,13 +134,13 @@ struct Order {
   }
 };
 
-// out [rows, columns] = a start + the terms, `sums` of them at once, tile by tile. begin(row, first, count, sum, c)
-// says where columns first ... first + count of the start lie: in c, once it has written them there, or elsewhere if
-// a whole tile's width can be read. end(row, first, count, c, other) takes the sums, `other` those of the second.
-// The order of a sum's terms does not depend on the number of threads.
+// out [rows, columns] = a start + the terms, `sums` of them at once, tile by tile. begin(row, first, count,
+// sum, c) says where columns first ... first + count of the start lie: in c, once it has written them there,
+// or elsewhere if a whole tile's width can be read. end(row, first, count, c, other) takes the sums, `other`
+// those of the second. The order of a sum's terms does not depend on the number of threads.
 template <class T, class Begin, class End>
-void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vector<Term<T>>& terms, Begin begin,
-                     End end) {
+void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vector<Term<T>>& terms,
+                     Begin begin, End end) {
   using A = typename wide<T>::type;
   constexpr int64_t TILES = 8, PANELS = 4;  // of a task: its rows stay in a core's second cache
   const auto& kernels = tile_kernels<T>();
@@ -131,18 +150,17 @@ void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vec
   for (const auto& t : terms)
     if (t.centring) centred += t.right[0].depth;
   const int64_t panels = parts(columns, width), blocks = parts(order.tiles.size(), TILES);
-  const int64_t group = centred ? panels : PANELS, tasks = blocks * parts(panels, std::max<int64_t>(group, 1));
+  const int64_t group = centred ? panels : PANELS,
+                tasks = blocks * parts(panels, std::max<int64_t>(group, 1));
 
-  // Whichever thread is free takes the next task: what is absent makes some of them short.
-  std::atomic<int64_t> next = 0;
-  const auto work = [&](int64_t, int64_t) {
+  take_turns(tasks, [&](auto take) {
     const Buffer<A> c(sums * height, width);
     std::fill_n(c.data(), sums * height * width, A(0));
     std::vector<const A*> at(sums * height);  // where the tile's rows stand
     Rows<T> left(height);
     std::vector<Rows<T>> ready(terms.size(), Rows<T>(TILES * height));
     std::vector<T> memory(TILES * height * centred);
-    for (int64_t task; (task = next++) < tasks;) {
+    for (int64_t task; (task = take()) >= 0;) {
       const auto* const first = order.tiles.data() + task % blocks * TILES;
       const auto* const last = std::min(first + TILES, order.tiles.data() + order.tiles.size());
       const int64_t* const own = order.rows.data() + first->first;
@@ -162,7 +180,9 @@ void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vec
         const int64_t column = p * width, used = std::min(width, columns - column);
         for (const auto* tile = first; tile < last; ++tile) {
           const int64_t begun = tile->first - first->first;
-          const auto row = [&](int64_t i) { return begun + std::min(i, tile->count - 1); };  // the last fills up
+          const auto row = [&](int64_t i) {
+            return begun + std::min(i, tile->count - 1);
+          };  // the last fills up
           for (int64_t i = 0; i < sums * height; ++i)
             at[i] = begin(own[row(i % height)], column, used, i / height, c.row(i));
           for (size_t k = 0; k < terms.size(); ++k) {
@@ -180,17 +200,17 @@ void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vec
         }
       }
     }
-  };
-  if (tasks > 0) torch::stable::parallel_for(0, tasks, 1, work);
+  });
 }
 
-// out [m, n] = sum over k of left[k][0 .. m).T @ right[k][0 .. n), over the k where both are there, in parts one after
-// the other; end(row, first, count, c) takes columns first ... of a row of it. `centring`, of right, may be null.
+// out [m, n] = sum over k of left[k][0 .. m).T @ right[k][0 .. n), over the k where both are there, in parts
+// one after the other; end(row, first, count, c) takes columns first ... of a row of it. `centring`, of
+// right, may be null.
 template <class T, class End>
-void product_over_rows(const Rows<T>& left, int64_t m, const Rows<T>& right, int64_t n, const Centring<T>* centring,
-                       End end) {
+void product_over_rows(const Rows<T>& left, int64_t m, const Rows<T>& right, int64_t n,
+                       const Centring<T>* centring, End end) {
   using A = typename wide<T>::type;
-  constexpr int64_t DEPTH = 256;  // a packed panel of the right-hand side stays in a core's second cache
+  constexpr int64_t DEPTH = 512, TILES = 8;  // a panel, and a task's tiles, stay in a core's second cache
   const auto& kernels = tile_kernels<T>();
   const int64_t height = kernels.rows, width = kernels.columns, tile = height * width;
   const int64_t tiles = parts(m, height), panels = parts(n, width);
@@ -199,10 +219,9 @@ void product_over_rows(const Rows<T>& left, int64_t m, const Rows<T>& right, int
     if (left[k] && right[k]) there.push_back(k);
 
   Buffer<A> c(tiles * panels, tile);
-  Buffer<T> packed(tiles, DEPTH * height), centred(centring ? DEPTH : 0, n);
-  parallel_rows(tiles * panels, tile, [&](int64_t from, int64_t to) {
-    std::fill_n(c.row(from), (to - from) * tile, A(0));
-  });
+  Buffer<T> centred(centring ? DEPTH : 0, n);
+  parallel_rows(tiles * panels, tile,
+                [&](int64_t from, int64_t to) { std::fill_n(c.row(from), (to - from) * tile, A(0)); });
   for (size_t first = 0; first < there.size(); first += DEPTH) {
     const int64_t* const k = there.data() + first;
     const int64_t depth = std::min<int64_t>(DEPTH, there.size() - first);
@@ -213,17 +232,25 @@ void product_over_rows(const Rows<T>& left, int64_t m, const Rows<T>& right, int
         for (int64_t i = from; i < to; ++i) centring->apply(centred.row(i), right[k[i]], k[i], n);
       });
     const auto whole = Right<T>::of_rows(b, n);
-    parallel_rows(tiles, depth * height * panels, [&](int64_t from, int64_t to) {
-      for (int64_t t = from; t < to; ++t)
-        kernels.pack_left(packed.row(t), a.data(), t * height, depth, std::min(height, m - t * height));
+    take_turns(parts(tiles, TILES), [&](auto take) {
+      const Buffer<T> packed(TILES, DEPTH * height);
       Rows<T> rows(height);
       std::vector<const A*> at(height);
-      for (int64_t p = 0; p < panels; ++p)
-        for (int64_t t = from; t < to; ++t) {
-          A* const sums = c.row(t * panels + p);
-          for (int64_t i = 0; i < height; ++i) rows[i] = packed.row(t) + i * kernels.group, at[i] = sums + i * width;
-          kernels.multiply(sums, at.data(), rows.data(), height * kernels.group, whole.panel(p), depth);
-        }
+      for (int64_t task; (task = take()) >= 0;) {
+        const int64_t begin = task * TILES, end = std::min(begin + TILES, tiles);
+        for (int64_t t = begin; t < end; ++t)
+          kernels.pack_left(packed.row(t - begin), a.data(), t * height, depth,
+                            std::min(height, m - t * height));
+        for (int64_t p = 0; p < panels; ++p)
+          for (int64_t t = begin; t < end; ++t) {
+            A* const sums = c.row(t * panels + p);
+            for (int64_t i = 0; i < height; ++i) {
+              rows[i] = packed.row(t - begin) + i * kernels.group;
+              at[i] = sums + i * width;
+            }
+            kernels.multiply(sums, at.data(), rows.data(), height * kernels.group, whole.panel(p), depth);
+          }
+      }
     });
   }
   parallel_rows(tiles, panels * tile, [&](int64_t from, int64_t to) {

@@ -50,15 +50,15 @@ Right<T> packed(T x) {
 template <class T, class To, int WIDTH, class F>
 void pack(To* to, const T* const* from, int64_t first, int64_t depth, int64_t count, F convert) {
   constexpr int G = GROUP<T>;
-  for (int64_t k = 0; k < depth; k += G) {
-    for (int g = 0; g < G; ++g) {
-      const T* const row = k + g < depth ? from[k + g] + first : nullptr;
-      if (row && count == WIDTH)
-        for (int j = 0; j < WIDTH; ++j) to[j * G + g] = convert(row[j]);
-      else
-        for (int j = 0; j < WIDTH; ++j) to[j * G + g] = row && j < count ? convert(row[j]) : To{};
-    }
-    to += WIDTH * G;
+  for (int64_t k = 0; k < depth; k += G, to += WIDTH * G) {
+    const T* rows[G];
+    for (int g = 0; g < G; ++g) rows[g] = from[k + g < depth ? k + g : k] + first;
+    if (count == WIDTH && k + G <= depth)  // the same as below, for the compiler to make vectors of
+      for (int j = 0; j < WIDTH; ++j)
+        for (int g = 0; g < G; ++g) to[j * G + g] = convert(rows[g][j]);
+    else
+      for (int j = 0; j < WIDTH; ++j)
+        for (int g = 0; g < G; ++g) to[j * G + g] = j < count && k + g < depth ? convert(rows[g][j]) : To{};
   }
 }
 
@@ -104,7 +104,8 @@ void pack_columns(void* to_, const T* const* from, int64_t depth, int64_t count)
   const int64_t groups = (depth + G - 1) / G;
   const auto one = [&](int64_t k, int64_t j) {
     Group group{};
-    for (int64_t g = 0; g < G && j < count && k * G + g < depth; ++g) group.of[g] = packed(from[j][k * G + g]);
+    for (int64_t g = 0; g < G && j < count && k * G + g < depth; ++g)
+      group.of[g] = packed(from[j][k * G + g]);
     to[k * WIDTH + j] = group;
   };
   int64_t done = 0;
@@ -112,7 +113,8 @@ void pack_columns(void* to_, const T* const* from, int64_t depth, int64_t count)
     for (; (done + L) * G <= depth; done += L)
       for (int64_t j = 0; j < WIDTH; j += L) {
         Lines lines{};
-        for (int64_t i = 0; i < L && j + i < count; ++i) __builtin_memcpy(&lines[i], from[j + i] + done * G, BYTES);
+        for (int64_t i = 0; i < L && j + i < count; ++i)
+          __builtin_memcpy(&lines[i], from[j + i] + done * G, BYTES);
         transpose(lines);
 #pragma GCC unroll 16
         for (int64_t k = 0; k < L; ++k) __builtin_memcpy(&to[(done + k) * WIDTH + j], &lines[k], BYTES);
@@ -123,7 +125,8 @@ void pack_columns(void* to_, const T* const* from, int64_t depth, int64_t count)
 
 // One group of k: the sums of a tile take on left[.][0 .. used) @ right[0 .. used)[.]
 template <class T>
-__attribute__((always_inline)) inline void step_on(Vec<T> (&sum)[ROWS][VECTORS], const T* const* left, int64_t at, const Right<T>* right, int used) {
+__attribute__((always_inline)) inline void step_on(Vec<T> (&sum)[ROWS][VECTORS], const T* const* left,
+                                                   int64_t at, const Right<T>* right, int used) {
   Vec<T> b[VECTORS];
 #pragma GCC unroll 4
   for (int v = 0; v < VECTORS; ++v) __builtin_memcpy(&b[v], right + v * lanes<T> * GROUP<T>, BYTES);
@@ -161,13 +164,13 @@ void multiply(Acc<T>* c, const Acc<T>* const* start, const T* const* left, int64
     for (int v = 0; v < VECTORS; ++v) __builtin_memcpy(&sum[i][v], start[i] + v * lanes<T>, BYTES);
   }
   int64_t at = 0;
-  for (int64_t k = 0; k < depth / G; ++k, at += step, right += COLUMNS<T> * G) step_on<T>(sum, row, at, right, G);
+  for (int64_t k = 0; k < depth / G; ++k, at += step, right += COLUMNS<T> * G)
+    step_on<T>(sum, row, at, right, G);
   if (G == 2 && depth % 2) step_on<T>(sum, row, at, right, 1);
 #pragma GCC unroll 6
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v)
-      __builtin_memcpy(c + (i * VECTORS + v) * lanes<T>, &sum[i][v], BYTES);
+    for (int v = 0; v < VECTORS; ++v) __builtin_memcpy(c + (i * VECTORS + v) * lanes<T>, &sum[i][v], BYTES);
 }
 
 template <class T>

@@ -6,9 +6,9 @@
 
 namespace mmfast {
 
-// A product is made of tiles [rows, columns] whose sums stay in registers. Consecutive k lie together in groups
-// of `group` (2 where an instruction takes pairs of bfloat16): what is packed has the shape
-// [depth / group, width, group], the last group and the last columns filled up with zeros.
+// A product is made of tiles [rows, columns] whose sums stay in registers. Consecutive k lie together in
+// groups of `group` (2 where an instruction takes pairs of bfloat16): what is packed has the shape [depth /
+// group, width, group], the last group and the last columns filled up with zeros.
 template <class T, class A = typename wide<T>::type>
 struct TileKernels {
   int64_t rows, columns, group;
@@ -19,8 +19,8 @@ struct TileKernels {
   void (*pack_rows)(void* to, const T* const* from, int64_t first, int64_t depth, int64_t count);
   // The same of a transposed one: element (k, j) is from[j][k].
   void (*pack_columns)(void* to, const T* const* from, int64_t depth, int64_t count);
-  // c [rows, columns] = start + left @ right: start's row i lies at start[i], which may be c's own, and left's
-  // element (i, k) is left[i][k / group * step + k % group]
+  // c [rows, columns] = start + left @ right: start's row i lies at start[i], which may be c's own, and
+  // left's element (i, k) is left[i][k / group * step + k % group]
   void (*multiply)(A* c, const A* const* start, const T* const* left, int64_t step, const void* right,
                    int64_t depth);
 };

@@ -1,7 +1,8 @@
 """What a configuration learns: with all modalities, with each alone, and beside the article's model.
 
-``python -m mmfast.bench.accuracy configs/digits.yaml --seeds 5`` trains every variant once per seed, prints a
-table with 95 % intervals. ``examples/demo.py`` uses the same functions with one seed.
+``python -m mmfast.bench.accuracy configs/digits.yaml --seeds 5`` trains every variant once per seed and prints
+a table with 95 % intervals; ``--stock`` trains the same model by the stock loop too. ``examples/demo.py`` uses
+the same functions with one seed.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import numpy as np
 from scipy import stats
 
 from mmfast.bench.report import RESULTS, Machine, commit
+from mmfast.bench.stock_loop import StockLoop
 from mmfast.data import Data
 from mmfast.errors import UserError
 from mmfast.models import ArticleConfig
@@ -68,6 +70,18 @@ def learn(
     return Outcome(scores, result.step_seconds)
 
 
+def learn_stock(config: Config) -> float:
+    """Train the same model by the stock loop for as many steps; returns its test accuracy."""
+    model, data = build(config)
+    loop = StockLoop(config.data, model, config.trainer)
+    try:
+        loop.steps(config.trainer.max_steps)
+    finally:
+        loop.close()
+    with data.loader("test", batch_size=config.trainer.batch_size, train=False) as batches:
+        return loop.accuracy(batches)
+
+
 def majority(data: Data) -> float:
     """Accuracy on the test split of the class that is most frequent in training."""
     train, test = (data.dataset.split(name).labels for name in ("train", "test"))
@@ -97,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mmfast.bench.accuracy", description=__doc__)
     parser.add_argument("config", help="as for mmfast fit; further options override its keys")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--stock", action="store_true", help="train by the stock loop too")
     options, overrides = parser.parse_known_args(arguments)
     try:
         config = load_config(options.config, overrides)
@@ -107,6 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name, variant in variants(seeded).items():
                 scores.setdefault(name, []).append(learn(variant, quiet=True).accuracy)
                 print(f"seed {seed}, {name}: {scores[name][-1]:.3f}", flush=True)
+            if options.stock:
+                scores.setdefault("stock loop", []).append(learn_stock(seeded))
+                print(f"seed {seed}, stock loop: {scores['stock loop'][-1]:.3f}", flush=True)
         words = table(scores, majority(Data(config.data)))
     except UserError as error:
         print(f"mmfast: error: {error}", file=sys.stderr)

@@ -10,7 +10,7 @@ import io
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -30,6 +30,7 @@ from mmfast import ops
 from mmfast.data import Audio, DataConfig, Dataset, Image, Modality, Text
 from mmfast.data.text import open_tokenizer
 from mmfast.train import TrainerConfig
+from mmfast.train.optim import adamw, learning_rate
 
 Sample = dict[str, Any]
 FOREVER = 2**40  # samples: an endless loader has no pause between epochs
@@ -47,14 +48,13 @@ class StockLoop:
         workers: int = 2,
         prefetch: int = 2,
     ) -> None:
-        """``model`` is a ``FusionModel`` of its own; of ``trainer`` it takes batch size, rate and decay."""
+        """``model`` is a ``FusionModel`` of its own; batch size, optimizer and schedule are ``trainer``'s."""
         self.model = model.train()
         self.batch_size = trainer.batch_size
         self.losses: list[float] = []
         self.seconds = 0.0
-        self._optimizer = torch.optim.AdamW(
-            model.parameters(), lr=trainer.lr, weight_decay=trainer.weight_decay
-        )
+        self._trainer = trainer
+        self._optimizer = adamw(model, trainer)
         self._made = multiprocessing.Value("q", 0)
         self._ahead = workers * prefetch
         dataset = StockDataset(config, self._made)
@@ -82,7 +82,8 @@ class StockLoop:
                 self._batches = iter(self._loader)
         self._settle()
         begin = time.perf_counter()
-        losses = [self._step(next(self._batches)) for _ in range(count)]
+        done = len(self.losses)
+        losses = [self._step(next(self._batches), done + i) for i in range(count)]
         self._settle(len(losses))
         seconds = time.perf_counter() - begin
         self.seconds += seconds
@@ -94,12 +95,30 @@ class StockLoop:
         self._batches = None
         del self._loader
 
-    def _step(self, batch: dict[str, Tensor]) -> Tensor:
+    @torch.no_grad()
+    def accuracy(self, batches: Iterable[dict[str, Tensor]]) -> float:
+        """Share of the batches' labels that the model gets right."""
+        self.model.eval()
+        right = count = 0
+        for batch in batches:
+            with ops.backend("reference"):
+                guess = self.model(batch)["label"].argmax(-1)
+            labelled = batch["label"] >= 0
+            right += int((guess == batch["label"])[labelled].sum())
+            count += int(labelled.sum())
+        self.model.train()
+        return right / count
+
+    def _step(self, batch: dict[str, Tensor], number: int) -> Tensor:
         with ops.backend("reference"):  # eager torch.cat, F.linear
             logits = self.model(batch)["label"]
         loss = F.cross_entropy(logits, batch["label"], ignore_index=-1)
         self._optimizer.zero_grad()
         loss.backward()
+        if self._trainer.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self._trainer.clip)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self._trainer, number)
         self._optimizer.step()
         return loss.detach()
 

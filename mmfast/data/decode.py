@@ -20,6 +20,7 @@ from PIL import Image as PilImage
 from torch import Tensor
 
 from mmfast.data.modality import Audio, Image
+from mmfast.data.threads import work_alone
 
 Floats = NDArray[np.float32]
 MAX_PIXELS = 1 << 28  # a damaged header must not ask for all memory
@@ -183,7 +184,7 @@ class TorchImages:
         self._size = modality.size
         self._scale = 1 / (255 * torch.tensor(modality.std)).view(3, 1, 1)
         self._shift = -(torch.tensor(modality.mean) / torch.tensor(modality.std)).view(3, 1, 1)
-        self._pool = ThreadPoolExecutor(threads, "mmfast-image")
+        self._pool = ThreadPoolExecutor(threads, "mmfast-image", work_alone)
 
     def __call__(self, files: Sequence[ImageFile]) -> tuple[Tensor, Tensor]:
         """Images [n, 3, size, size] and ones [n]."""
@@ -270,7 +271,7 @@ class TorchAudio:
         self._mel = MelSpectrogram(
             modality.sample_rate, modality.n_fft, hop_length=modality.hop, n_mels=modality.n_mels
         )
-        self._pool = ThreadPoolExecutor(threads, "mmfast-audio")
+        self._pool = ThreadPoolExecutor(threads, "mmfast-audio", work_alone)
 
     def __call__(self, files: Sequence[AudioFile]) -> tuple[Tensor, Tensor]:
         """Log-mels [n, n_mels, frames] and valid frames [n]."""

@@ -23,6 +23,7 @@ from mmfast.data.modality import Audio, DataConfig, Image, Text
 from mmfast.data.plan import InOrder, Plan
 from mmfast.data.shards import Dataset
 from mmfast.data.text import open_tokenizer
+from mmfast.data.threads import work_alone
 from mmfast.errors import UserError
 
 
@@ -63,6 +64,7 @@ class _Stage:
                 self._queue.get_nowait()
 
     def _run(self, items: Iterator[Any]) -> None:
+        work_alone()
         end = _End()
         try:
             for item in items:

@@ -17,6 +17,7 @@ from mmfast.data import DataConfig
 from mmfast.models.build import build_model
 from mmfast.models.config import AudioTransformer, Concat, ImageResNet, ModelConfig, TextTransformer
 from mmfast.train import TrainerConfig
+from mmfast.train.optim import learning_rate
 
 MODEL = ModelConfig(
     encoders={
@@ -111,5 +112,26 @@ def test_a_sample_that_does_not_decode_is_an_error_and_not_a_wait(tmp_path):
     try:
         with pytest.raises(Exception, match="cannot identify image file"):
             loop.steps(1)
+    finally:
+        loop.close()
+
+
+def test_it_follows_our_schedule_and_is_tested_on_our_batches(path, config):
+    trainer = TrainerConfig(out="unused", batch_size=8, max_steps=6, warmup=2, lr=3e-3, clip=1e-6)
+    data = open_data(path)
+    loop = StockLoop(config, build_model(MODEL, data), trainer, workers=1)
+    try:
+        loop.steps(2)
+        assert loop._optimizer.param_groups[0]["lr"] == learning_rate(trainer, 1)
+        norm = torch.stack([p.grad.norm() for p in loop.model.parameters() if p.grad is not None]).norm()
+        assert norm <= 1.01e-6
+        with data.loader("validation", batch_size=4, train=False) as batches:
+            batch = next(batches)
+            wrong = dict(batch, label=loop.model.eval()(batch)["label"].argmax(-1))
+        assert loop.accuracy([wrong]) == 1.0
+        wrong["label"] = wrong["label"].clone()
+        wrong["label"][0] = (wrong["label"][0] + 1) % data.num_classes
+        wrong["label"][1] = -1  # not counted
+        assert loop.accuracy([wrong]) == (len(wrong["label"]) - 2) / (len(wrong["label"]) - 1)
     finally:
         loop.close()

@@ -16,6 +16,7 @@ from loading import MODALITIES, holes, open_data, parts, picture, sentence, soun
 
 from mmfast.data import Audio, Image, Text
 from mmfast.data.assemble import Memory, choose_decoder
+from mmfast.data.loader import _Stage
 from mmfast.errors import UserError
 
 DECODERS = ["dali", "torch"]
@@ -481,3 +482,13 @@ def test_the_guide_runs(tmp_path, monkeypatch, capsys):
     for block in guide.split("```python\n")[1:]:
         exec(block.partition("```")[0], names)
     assert "10 samples, 3 steps" in capsys.readouterr().out
+
+
+def test_decoding_threads_start_no_workers_of_their_own():
+    """With a second set of OpenMP workers in the process, the trainer's sleep after every operation."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    inside = _Stage((torch.get_num_threads() for _ in range(1)), 1, "test")
+    assert list(inside) == [1]
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)

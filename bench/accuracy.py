@@ -1,8 +1,8 @@
 """What a configuration learns: with all modalities, with each alone, and beside the article's model.
 
-``python -m mmfast.bench.accuracy configs/digits.yaml --seeds 5`` trains every variant once per seed and prints
-a table with 95 % intervals; ``--stock`` trains the same model by the stock loop too. ``examples/demo.py`` uses
-the same functions with one seed.
+``python -m mmfast.bench.accuracy configs/digits.yaml --seeds 5`` trains every variant once per seed and
+prints a table with 95 % intervals; ``--stock`` trains the same model by the stock loop too.
+``examples/demo.py`` uses the same functions with one seed.
 """
 
 import argparse

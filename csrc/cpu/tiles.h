@@ -64,33 +64,43 @@ void fetch_to_write(const T* to, int64_t n) {
 template <class T>
 class Right {
  public:
-  int64_t depth;
+  int64_t depth, columns;
 
-  // rows[k][first ...]
-  static Right of_rows(const Rows<T>& rows, int64_t columns) {
-    return Right(rows.size(), columns, [&](auto& kernels, void* to, int64_t first, int64_t count) {
-      kernels.pack_rows(to, rows.data(), first, rows.size(), count);
+  Right(int64_t depth_, int64_t columns_)
+      : depth(depth_),
+        columns(columns_),
+        memory_(parts(columns, kernels().columns),
+                parts(parts(depth, kernels().group) * kernels().group * kernels().columns * kernels().bytes,
+                      sizeof(float))) {}
+
+  // rows[k][0 ...], at most `depth` of them
+  void fill(const Rows<T>& rows) {
+    each_panel([&](void* to, int64_t first, int64_t count) {
+      kernels().pack_rows(to, rows.data(), first, rows.size(), count);
     });
+  }
+  static Right of_rows(const Rows<T>& rows, int64_t columns) {
+    Right right(rows.size(), columns);
+    right.fill(rows);
+    return right;
   }
   // the transposed matrix of these rows
   static Right of_columns(const Rows<T>& rows, int64_t depth) {
-    return Right(depth, rows.size(), [&](auto& kernels, void* to, int64_t first, int64_t count) {
-      kernels.pack_columns(to, rows.data() + first, depth, count);
+    Right right(depth, rows.size());
+    right.each_panel([&](void* to, int64_t first, int64_t count) {
+      kernels().pack_columns(to, rows.data() + first, depth, count);
     });
+    return right;
   }
   const void* panel(int64_t p) const { return memory_.row(p); }
 
  private:
   template <class Pack>
-  Right(int64_t depth_, int64_t columns, Pack pack)
-      : depth(depth_),
-        memory_(
-            parts(columns, kernels().columns),
-            parts(parts(depth, kernels().group) * kernels().group * kernels().columns * kernels().bytes, 4)) {
+  void each_panel(const Pack& pack) {
     const int64_t width = kernels().columns;
     parallel_rows(parts(columns, width), depth * width, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p)
-        pack(kernels(), memory_.row(p), p * width, std::min(width, columns - p * width));
+        pack(memory_.row(p), p * width, std::min(width, columns - p * width));
     });
   }
   static const TileKernels<T>& kernels() { return tile_kernels<T>(); }
@@ -210,7 +220,8 @@ template <class T, class End>
 void product_over_rows(const Rows<T>& left, int64_t m, const Rows<T>& right, int64_t n,
                        const Centring<T>* centring, End end) {
   using A = typename wide<T>::type;
-  constexpr int64_t DEPTH = 512, TILES = 8;  // a panel, and a task's tiles, stay in a core's second cache
+  // a panel, and a task's tiles, stay in a core's second cache
+  constexpr int64_t DEPTH = 1024 / sizeof(T), TILES = 8;
   const auto& kernels = tile_kernels<T>();
   const int64_t height = kernels.rows, width = kernels.columns, tile = height * width;
   const int64_t tiles = parts(m, height), panels = parts(n, width);
@@ -220,6 +231,7 @@ void product_over_rows(const Rows<T>& left, int64_t m, const Rows<T>& right, int
 
   Buffer<A> c(tiles * panels, tile);
   Buffer<T> centred(centring ? DEPTH : 0, n);
+  Right<T> whole(DEPTH, n);
   parallel_rows(tiles * panels, tile,
                 [&](int64_t from, int64_t to) { std::fill_n(c.row(from), (to - from) * tile, A(0)); });
   for (size_t first = 0; first < there.size(); first += DEPTH) {
@@ -231,7 +243,7 @@ void product_over_rows(const Rows<T>& left, int64_t m, const Rows<T>& right, int
       parallel_rows(depth, n, [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) centring->apply(centred.row(i), right[k[i]], k[i], n);
       });
-    const auto whole = Right<T>::of_rows(b, n);
+    whole.fill(b);
     take_turns(parts(tiles, TILES), [&](auto take) {
       const Buffer<T> packed(TILES, DEPTH * height);
       Rows<T> rows(height);

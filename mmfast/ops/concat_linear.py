@@ -53,10 +53,9 @@ def concat_linear(
         TypeError: ``inputs`` is not a list or tuple of tensors.
         ValueError: a shape, dtype, device or ``activation`` does not fit, or the forced backend cannot run.
 
-    On the CPU, copies are made of a tensor whose last dimension is not dense or whose rows overlap (stride 0:
-    give a broadcast source unexpanded); of one source's rows, at most 1024 at a time in the forward pass, if
-    a norm comes first or when they lie in runs of fewer than 32 at one stride; and of everything in float16,
-    as float32.
+    On the CPU, copies are made of a tensor whose last dimension is not dense, of a gradient that is not
+    contiguous, of rows that a norm comes before (a few at a time in each thread), and of everything in
+    float16, as float32. The weight is packed once a call.
     """
     _require_tensors(inputs)
     weight, bias, norm_weight, norm_bias, residual, gate, *inputs = autocast(

@@ -115,6 +115,36 @@ def test_any_number_of_threads_is_as_exact_and_repeats_its_bits():
     torch.set_num_threads(before)
 
 
+class _Fused(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, n):
+        arguments = cast(example(((6, 50, 64), (6, 1, 32)), 48, seed=n, grad=False), torch.float32)
+        return on("cpu")(**arguments)
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_it_runs_in_the_workers_of_a_data_loader(start):
+    """The parent's threads exist already when its workers are forked; they do not come along."""
+    wanted = torch.stack([_Fused()[n] for n in range(4)])
+    workers = torch.utils.data.DataLoader(
+        _Fused(), batch_size=4, num_workers=1, multiprocessing_context=start, timeout=60
+    )
+    assert torch.equal(next(iter(workers)), wanted)
+
+
+def test_a_sample_has_the_same_bits_whatever_the_others_lack():
+    """Rows with the same sources share a tile, also with those of other samples."""
+    arguments = cast(example(((9, 7, 40), (9, 7, 24), (9, 1, 8)), 70, grad=False), torch.float32)
+    present = torch.rand(9, 3, generator=torch.Generator().manual_seed(1)) > 0.5
+    whole = on("cpu")(**arguments, present=present)
+    for b in range(9):
+        inputs = [x[b : b + 1] for x in arguments["inputs"]]
+        alone = on("cpu")(**arguments | {"inputs": inputs}, present=present[b : b + 1])
+        assert torch.equal(whole[b : b + 1], alone)
+
+
 PEAK = """
 import torch
 from mmfast.ops import backend, concat_linear

@@ -93,6 +93,12 @@ def test_the_environment_names_an_instruction_set():
         _native.isa("avx1024")
 
 
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_long_sums_are_as_exact(isa):
+    """One chain of 5000 additions would lose ten times what the reference loses."""
+    check(on("cpu"), reference.concat_linear, example(((3, 700, 4100), (3, 1, 900)), 70), torch.float32)
+
+
 def test_a_mean_far_from_zero_does_not_cost_the_norm_its_digits():
     arguments = example(((4, 40, 64), (4, 1, 32), (1, 40, 16)), present=True, norm=True)
     with torch.no_grad():

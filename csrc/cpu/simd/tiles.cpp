@@ -150,27 +150,36 @@ __attribute__((always_inline)) inline void step_on(Vec<T> (&sum)[ROWS][VECTORS],
   }
 }
 
+// One chain of n additions loses about n eps, chains of BLOCK that are then added up sqrt(n BLOCK) eps.
+constexpr int64_t BLOCK = 128;  // groups
+
 template <class T>
 void multiply(Acc<T>* c, const Acc<T>* const* start, const T* const* left, int64_t step, const void* right_,
               int64_t depth) {
-  constexpr int G = GROUP<T>;
+  constexpr int64_t G = GROUP<T>;
   const Right<T>* right = static_cast<const Right<T>*>(right_);
   const T* row[ROWS];
-  Vec<T> sum[ROWS][VECTORS];
+  const Acc<T>* before[ROWS];
 #pragma GCC unroll 6
-  for (int i = 0; i < ROWS; ++i) {
-    row[i] = left[i];
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) __builtin_memcpy(&sum[i][v], start[i] + v * lanes<T>, BYTES);
-  }
-  int64_t at = 0;
-  for (int64_t k = 0; k < depth / G; ++k, at += step, right += COLUMNS<T> * G)
-    step_on<T>(sum, row, at, right, G);
-  if (G == 2 && depth % 2) step_on<T>(sum, row, at, right, 1);
+  for (int i = 0; i < ROWS; ++i) row[i] = left[i], before[i] = start[i];
+  int64_t at = 0, rest = depth;
+  do {
+    const int64_t used = rest < BLOCK * G ? rest : BLOCK * G;
+    Vec<T> sum[ROWS][VECTORS] = {};
+    for (int64_t k = 0; k < used / G; ++k, at += step, right += COLUMNS<T> * G)
+      step_on<T>(sum, row, at, right, G);
+    if (G == 2 && used % 2) step_on<T>(sum, row, at, right, 1);
 #pragma GCC unroll 6
-  for (int i = 0; i < ROWS; ++i)
+    for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) __builtin_memcpy(c + (i * VECTORS + v) * lanes<T>, &sum[i][v], BYTES);
+      for (int v = 0; v < VECTORS; ++v) {
+        sum[i][v] += bits<Vec<T>>(before[i] + v * lanes<T>, lanes<T>);
+        __builtin_memcpy(c + (i * VECTORS + v) * lanes<T>, &sum[i][v], BYTES);
+      }
+      before[i] = c + i * COLUMNS<T>;
+    }
+    rest -= used;
+  } while (rest > 0);
 }
 
 template <class T>

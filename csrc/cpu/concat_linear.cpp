@@ -32,11 +32,13 @@ Tensors forward(const Tensors& inputs, const Tensor& weight, const Maybe& bias_,
   if (bias) p.kernels.accumulate(base.data(), 1, data<T>(*bias), p.width);
   if (p.norm) {
     p.statistics(*norm_eps, data<A>(mean), data<A>(rstd));
+    std::vector<Wider<A>> sum(base.begin(), base.end());
     if (p.norm_bias)
       for (const auto& s : p.sources) {
-        const std::vector<A> c = p.project(s, p.norm_bias);
-        for (int64_t o = 0; o < p.width; ++o) base[o] += c[o];
+        const auto c = p.project(s, p.norm_bias);
+        for (int64_t o = 0; o < p.width; ++o) sum[o] += c[o];
       }
+    base.assign(sum.begin(), sum.end());
   }
   // what the pooled sources add to a row [own rows, width], those that broadcast alike added up
   struct Pooled {

@@ -79,8 +79,10 @@ struct Problem {
     }
     if (norm) {
       for (const auto& s : sources) take_moments(s);
-      for (const auto& s : sources)
-        u.push_back(s.full && s.always() ? std::vector<A>() : project(s, norm_weight));
+      for (const auto& s : sources) {
+        const auto projected = s.full && s.always() ? std::vector<Wider<A>>() : project(s, norm_weight);
+        u.emplace_back(projected.begin(), projected.end());
+      }
     }
   }
 
@@ -119,12 +121,19 @@ struct Problem {
   }
 
   // W_i @ v_i [width] for a vector v over the concatenation's columns; null: ones
-  std::vector<A> project(const Source<T>& s, const T* v) const {
-    std::vector<A> wide_v(s.depth, v ? 0 : 1), out(width);
+  std::vector<Wider<A>> project(const Source<T>& s, const T* v) const {
+    std::vector<A> wide_v(s.depth, v ? 0 : 1);
+    std::vector<Wider<A>> out(width);
     if (v) kernels.accumulate(wide_v.data(), 1, v + s.column, s.depth);
     parallel_rows(width, s.depth, [&](int64_t begin, int64_t end) {
-      for (int64_t o = begin; o < end; ++o)
-        out[o] = kernels.dot(weight.row(o) + s.column, wide_v.data(), s.depth);
+      std::vector<A> row(s.depth);
+      for (int64_t o = begin; o < end; ++o) {
+        std::fill(row.begin(), row.end(), A(0));
+        kernels.accumulate(row.data(), 1, weight.row(o) + s.column, s.depth);
+        Wider<A> sums[8] = {};
+        for (int64_t k = 0; k < s.depth; ++k) sums[k % 8] += Wider<A>(row[k]) * wide_v[k];
+        for (const auto sum : sums) out[o] += sum;
+      }
     });
     return out;
   }
@@ -146,9 +155,8 @@ struct Problem {
     const Centring<T> centring{norm ? means[i].data() : nullptr, nullptr, norm_weight_of(s)};
     std::vector<Term<T>> terms;
     terms.push_back({row_pointers(s), transposed_columns(s), norm ? &centring : nullptr});
-    const std::vector<A> zeros(tile_kernels<T>().columns, 0);
     sum_of_products(
-        s.rows, width, 1, terms, [&](int64_t, int64_t, int64_t, int64_t, A*) { return zeros.data(); },
+        s.rows, width, 1, terms, [](int64_t, int64_t, int64_t, int64_t, A*) -> const A* { return nullptr; },
         [&](int64_t r, int64_t first, int64_t count, const A* c, const A*) {
           std::copy_n(c, count, out.row(r) + first);
         });

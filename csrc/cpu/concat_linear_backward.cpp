@@ -12,7 +12,7 @@ namespace {
 template <class T, class A, class RowOf, class Scale>
 std::vector<A> row_sums(const RowKernels<T>& kernels, const Matrix<const T>& g, int64_t count, RowOf row_of,
                         Scale scale) {
-  constexpr int64_t PART = 256;
+  constexpr int64_t PART = 16;
   std::vector<int64_t> start(count + 1, 0), order, own(g.rows);
   for (int64_t r = 0; r < g.rows; ++r)
     if ((own[r] = row_of(r)) >= 0) ++start[own[r] + 1];
@@ -85,12 +85,11 @@ struct Backward {
     std::vector<Term<T>> terms;
     terms.push_back({std::move(rows), {}, nullptr});
     terms[0].right.push_back(Right<T>::of_rows(row_pointers(p.columns(s)), s.depth));
-    const std::vector<A> zeros(tile_kernels<T>().columns, 0);
     sum_of_products(
         s.rows, s.depth, 1, terms,
-        [&](int64_t r, int64_t first, int64_t count, int64_t, A*) {
+        [&](int64_t r, int64_t first, int64_t count, int64_t, A*) -> const A* {
           fetch_to_write(dx + r * s.depth + first, count);
-          return zeros.data();
+          return nullptr;
         },
         [&](int64_t r, int64_t first, int64_t count, const A* c, const A*) {
           p.kernels.narrow(dx + r * s.depth + first, c, count);
@@ -193,12 +192,13 @@ struct Backward {
     for (size_t i = 0; i < n; ++i) {
       const auto& s = p.sources[i];
       if (!needs[i]) continue;
-      // A pooled row is read by many output rows: the same formula holds with rstd 1 and these sums.
-      std::vector<A> a(s.full ? 0 : s.rows, 0), b(a);
+      // A pooled row is read by many output rows: the same formula holds with rstd 1 and these sums, which
+      // cancel against each other.
+      std::vector<Wider<A>> a(s.full ? 0 : s.rows, 0), b(a);
       for (int64_t r = 0; !s.full && r < p.rows; ++r)
         if (p.visible(s, r)) {
-          const A slope = rstd[r] * rstd[r] * avg[2 * r + 1];
-          a[s.row(r)] += rstd[r] * avg[2 * r] + slope * (p.mean(i, r) - mean[r]);
+          const Wider<A> slope = Wider<A>(rstd[r]) * rstd[r] * avg[2 * r + 1];
+          a[s.row(r)] += Wider<A>(rstd[r]) * avg[2 * r] + slope * (Wider<A>(p.mean(i, r)) - mean[r]);
           b[s.row(r)] += slope;
         }
       parallel_rows(s.rows, s.depth, [&](int64_t begin, int64_t end) {

@@ -14,6 +14,10 @@ namespace mmfast {
 using Tensors = std::vector<Tensor>;
 using Maybe = std::optional<Tensor>;
 
+// For sums that are made once and used by every row: their error is the same in all of them and adds up.
+template <class A>
+using Wider = std::conditional_t<std::is_same_v<A, float>, double, long double>;
+
 template <class T>
 constexpr RowType row_type = std::is_same_v<T, double>  ? RowType::f64
                              : std::is_same_v<T, float> ? RowType::f32

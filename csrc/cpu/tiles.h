@@ -146,8 +146,8 @@ struct Order {
 
 // out [rows, columns] = a start + the terms, `sums` of them at once, tile by tile. begin(row, first, count,
 // sum, c) says where columns first ... first + count of the start lie: in c, once it has written them there,
-// or elsewhere if a whole tile's width can be read. end(row, first, count, c, other) takes the sums, `other`
-// those of the second. The order of a sum's terms does not depend on the number of threads.
+// or elsewhere if a whole tile's width can be read; null is zeros. end(row, first, count, c, other) takes the
+// sums, `other` those of the second. The order of a sum's terms does not depend on the number of threads.
 template <class T, class Begin, class End>
 void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vector<Term<T>>& terms,
                      Begin begin, End end) {
@@ -167,6 +167,7 @@ void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vec
     const Buffer<A> c(sums * height, width);
     std::fill_n(c.data(), sums * height * width, A(0));
     std::vector<const A*> at(sums * height);  // where the tile's rows stand
+    const std::vector<A> zeros(width, 0);
     Rows<T> left(height);
     std::vector<Rows<T>> ready(terms.size(), Rows<T>(TILES * height));
     std::vector<T> memory(TILES * height * centred);
@@ -190,11 +191,12 @@ void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vec
         const int64_t column = p * width, used = std::min(width, columns - column);
         for (const auto* tile = first; tile < last; ++tile) {
           const int64_t begun = tile->first - first->first;
-          const auto row = [&](int64_t i) {
-            return begun + std::min(i, tile->count - 1);
-          };  // the last fills up
-          for (int64_t i = 0; i < sums * height; ++i)
-            at[i] = begin(own[row(i % height)], column, used, i / height, c.row(i));
+          // a short tile's last row fills it up
+          const auto row = [&](int64_t i) { return begun + std::min(i, tile->count - 1); };
+          for (int64_t i = 0; i < sums * height; ++i) {
+            const A* const start = begin(own[row(i % height)], column, used, i / height, c.row(i));
+            at[i] = start ? start : zeros.data();
+          }
           for (size_t k = 0; k < terms.size(); ++k) {
             if (!ready[k][begun]) continue;
             for (int64_t i = 0; i < height; ++i) left[i] = ready[k][row(i)];

@@ -3,7 +3,7 @@
 
 #include "vectors.h"
 
-using mmfast::NormKernels, mmfast::RowType;
+using mmfast::NormKernels;
 
 namespace {
 
@@ -100,13 +100,4 @@ constexpr NormKernels<T> kernels = {moments<T>, apply<T>, sums<T>, backward<T>};
 
 }  // namespace
 
-extern "C" const void* MM_ENTRY(mmfast_group_norm)(RowType type) {
-  switch (type) {
-    case RowType::f32:
-      return &kernels<float>;
-    case RowType::f64:
-      return &kernels<double>;
-    default:
-      return &kernels<bf16>;
-  }
-}
+MM_KERNELS_ENTRY(mmfast_group_norm)

@@ -4,7 +4,7 @@
 
 #include "vectors.h"
 
-using mmfast::Activation, mmfast::RowKernels, mmfast::RowType;
+using mmfast::Activation, mmfast::RowKernels;
 
 namespace {
 
@@ -252,13 +252,4 @@ constexpr RowKernels<T> kernels = {
 
 }  // namespace
 
-extern "C" const void* MM_ENTRY(mmfast_rows)(RowType type) {
-  switch (type) {
-    case RowType::f32:
-      return &kernels<float>;
-    case RowType::f64:
-      return &kernels<double>;
-    default:
-      return &kernels<bf16>;
-  }
-}
+MM_KERNELS_ENTRY(mmfast_rows)

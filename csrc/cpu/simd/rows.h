@@ -57,3 +57,16 @@ struct RowKernels {
 #define MM_JOIN_(name, isa) name##_##isa
 #define MM_JOIN(name, isa) MM_JOIN_(name, isa)
 #define MM_ENTRY(name) MM_JOIN(name, MMFAST_ISA)
+
+// That entry: a pointer to kernels<T> for each type of row.
+#define MM_KERNELS_ENTRY(name)                                  \
+  extern "C" const void* MM_ENTRY(name)(mmfast::RowType type) { \
+    switch (type) {                                             \
+      case mmfast::RowType::f32:                                \
+        return &kernels<float>;                                 \
+      case mmfast::RowType::f64:                                \
+        return &kernels<double>;                                \
+      default:                                                  \
+        return &kernels<mmfast::bf16>;                          \
+    }                                                           \
+  }

@@ -36,11 +36,11 @@ struct Packed<bf16> {
 };
 #endif
 template <class T>
-using Right = typename Packed<T>::type;
+using Element = typename Packed<T>::type;
 
 template <class T>
-Right<T> packed(T x) {
-  if constexpr (sizeof(T) == sizeof(Right<T>))
+Element<T> packed(T x) {
+  if constexpr (sizeof(T) == sizeof(Element<T>))
     return x;
   else
     return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
@@ -69,7 +69,7 @@ void pack_left(T* to, const T* const* from, int64_t first, int64_t depth, int64_
 
 template <class T>
 void pack_rows(void* to, const T* const* from, int64_t first, int64_t depth, int64_t count) {
-  pack<T, Right<T>, COLUMNS<T>>(static_cast<Right<T>*>(to), from, first, depth, count, packed<T>);
+  pack<T, Element<T>, COLUMNS<T>>(static_cast<Element<T>*>(to), from, first, depth, count, packed<T>);
 }
 
 using Lines = Uint[lanes<float>];
@@ -98,7 +98,7 @@ template <class T>
 void pack_columns(void* to_, const T* const* from, int64_t depth, int64_t count) {
   constexpr int64_t G = GROUP<T>, WIDTH = COLUMNS<T>, L = lanes<float>;
   struct Group {
-    Right<T> of[G];
+    Element<T> of[G];
   };
   Group* const to = static_cast<Group*>(to_);
   const int64_t groups = (depth + G - 1) / G;
@@ -109,7 +109,7 @@ void pack_columns(void* to_, const T* const* from, int64_t depth, int64_t count)
     to[k * WIDTH + j] = group;
   };
   int64_t done = 0;
-  if constexpr (sizeof(Group) == 4 && sizeof(T) == sizeof(Right<T>))
+  if constexpr (sizeof(Group) == 4 && sizeof(T) == sizeof(Element<T>))
     for (; (done + L) * G <= depth; done += L)
       for (int64_t j = 0; j < WIDTH; j += L) {
         Lines lines{};
@@ -126,7 +126,7 @@ void pack_columns(void* to_, const T* const* from, int64_t depth, int64_t count)
 // One group of k: the sums of a tile take on left[.][0 .. used) @ right[0 .. used)[.]
 template <class T>
 __attribute__((always_inline)) inline void step_on(Vec<T> (&sum)[ROWS][VECTORS], const T* const* left,
-                                                   int64_t at, const Right<T>* right, int used) {
+                                                   int64_t at, const Element<T>* right, int used) {
   Vec<T> b[VECTORS];
 #pragma GCC unroll 4
   for (int v = 0; v < VECTORS; ++v) __builtin_memcpy(&b[v], right + v * lanes<T> * GROUP<T>, BYTES);
@@ -157,7 +157,7 @@ template <class T>
 void multiply(Acc<T>* c, const Acc<T>* const* start, const T* const* left, int64_t step, const void* right_,
               int64_t depth) {
   constexpr int64_t G = GROUP<T>;
-  const Right<T>* right = static_cast<const Right<T>*>(right_);
+  const Element<T>* right = static_cast<const Element<T>*>(right_);
   const T* row[ROWS];
   const Acc<T>* before[ROWS];
 #pragma GCC unroll 6
@@ -183,18 +183,9 @@ void multiply(Acc<T>* c, const Acc<T>* const* start, const T* const* left, int64
 }
 
 template <class T>
-constexpr TileKernels<T> kernels = {ROWS,         COLUMNS<T>,   GROUP<T>,        sizeof(Right<T>),
+constexpr TileKernels<T> kernels = {ROWS,         COLUMNS<T>,   GROUP<T>,        sizeof(Element<T>),
                                     pack_left<T>, pack_rows<T>, pack_columns<T>, multiply<T>};
 
 }  // namespace
 
-extern "C" const void* MM_ENTRY(mmfast_tiles)(RowType type) {
-  switch (type) {
-    case RowType::f32:
-      return &kernels<float>;
-    case RowType::f64:
-      return &kernels<double>;
-    default:
-      return &kernels<bf16>;
-  }
-}
+MM_KERNELS_ENTRY(mmfast_tiles)

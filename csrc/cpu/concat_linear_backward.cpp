@@ -124,7 +124,7 @@ struct Backward {
         const std::vector<A> sums = pooled_sums(s);
         p.kernels.narrow(pooled[i].emplace(s.rows, p.width).data(), sums.data(), s.rows * p.width);
       }
-      rows[i] = row_pointers(s.full ? g : pooled[i]->matrix());
+      rows[i] = row_pointers(s.full ? g : Matrix<const T>{pooled[i]->data(), s.rows, p.width, p.width});
       if (any_weight) weight_product(i, x[i], rows[i], dweight);
       if (needs[i] && !p.norm) input_product(s, x[i], rows[i], grad(i));
     }

@@ -7,6 +7,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -65,16 +68,21 @@ void parallel_rows(int64_t rows, int64_t width, const F& f) {
 template <class T>
 class Buffer {
  public:
-  Buffer(int64_t rows, int64_t columns)
-      : tensor_(empty({rows, columns}, scalar_type<T>)),
-        matrix_{static_cast<T*>(tensor_.data_ptr()), rows, columns, columns} {}
-  T* data() const { return matrix_.data; }
-  Matrix<const T> matrix() const { return {matrix_.data, matrix_.rows, matrix_.columns, matrix_.row_stride}; }
-  T* row(int64_t r) const { return matrix_.row(r); }
+  Buffer(int64_t rows, int64_t columns) : columns_(columns) {
+    constexpr size_t LINE = 64;
+    const size_t bytes = rows * columns * sizeof(T);
+    memory_.reset(static_cast<T*>(std::aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE)));
+    if (bytes > 0 && !memory_) throw std::bad_alloc();
+  }
+  T* data() const { return memory_.get(); }
+  T* row(int64_t r) const { return data() + r * columns_; }
 
  private:
-  Tensor tensor_;
-  Matrix<T> matrix_;
+  struct Free {
+    void operator()(T* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<T[], Free> memory_;
+  int64_t columns_;
 };
 
 }  // namespace mmfast

@@ -20,16 +20,23 @@ const TileKernels<T>& tile_kernels() {
 
 inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// worker(take) on every thread, where take() is the next task, or -1 after the last: whoever is free goes on,
-// since absence makes some tasks short, and another process may have a core for a while.
+// worker(take) on every thread, where take() is the next of lines * of_line tasks, or -1 after the last:
+// whoever is free goes on, since absence makes some tasks short, and another process may have a core for a
+// while. A thread follows a line of tasks to its end, each starts at another one. `cost` of a task: in
+// multiplications.
 template <class F>
-void take_turns(int64_t tasks, const F& worker) {
-  std::atomic<int64_t> next = 0;
-  const auto take = [&] {
-    const int64_t task = next++;
-    return task < tasks ? task : -1;
-  };
-  if (tasks > 0) torch::stable::parallel_for(0, tasks, 1, [&](int64_t, int64_t) { worker(take); });
+void take_turns(int64_t lines, int64_t of_line, int64_t cost, const F& worker) {
+  std::vector<std::atomic<int64_t>> next(lines);
+  const int64_t worthwhile = (1 << 18) / std::max<int64_t>(cost, 1) + 1;  // tasks for one thread
+  if (lines * of_line == 0) return;
+  torch::stable::parallel_for(0, lines * of_line, worthwhile, [&](int64_t begin, int64_t) {
+    int64_t line = begin / of_line, ended = 0;
+    worker([&]() -> int64_t {
+      for (; ended < lines; ++ended, line = (line + 1) % lines)
+        if (const int64_t task = next[line]++; task < of_line) return line * of_line + task;
+      return -1;
+    });
+  });
 }
 
 // A pointer to each row of a matrix; in what follows a null pointer is a row that is not there.
@@ -60,52 +67,48 @@ void fetch_to_write(const T* to, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(to + i, 1);
 }
 
-// The right-hand side of products, [depth, columns], packed for the tiles.
-template <class T>
-class Right {
- public:
+// The right-hand side of products, [depth, columns], in panels as wide as a tile.
+template <class T, class A = typename wide<T>::type>
+struct Right {
+  Rows<T> rows;  // the matrix's, or its transpose's
+  bool transposed;
   int64_t depth, columns;
 
-  Right(int64_t depth_, int64_t columns_)
-      : depth(depth_),
-        columns(columns_),
-        memory_(parts(columns, kernels().columns),
-                parts(parts(depth, kernels().group) * kernels().group * kernels().columns * kernels().bytes,
-                      sizeof(float))) {}
+  static Right of_rows(Rows<T> rows, int64_t columns) {
+    const int64_t depth = rows.size();
+    return {std::move(rows), false, depth, columns};
+  }
+  static Right of_columns(Rows<T> rows, int64_t depth) {
+    const int64_t columns = rows.size();
+    return {std::move(rows), true, depth, columns};
+  }
 
-  // rows[k][0 ...], at most `depth` of them
-  void fill(const Rows<T>& rows) {
-    each_panel([&](void* to, int64_t first, int64_t count) {
-      kernels().pack_rows(to, rows.data(), first, rows.size(), count);
-    });
+  static int64_t width() { return tile_kernels<T>().columns; }
+  int64_t used(int64_t p) const { return std::min(width(), columns - p * width()); }
+  int64_t packed_bytes() const {  // of a panel
+    const auto& k = tile_kernels<T>();
+    return parts(depth, k.group) * k.group * k.columns * k.bytes;
   }
-  static Right of_rows(const Rows<T>& rows, int64_t columns) {
-    Right right(rows.size(), columns);
-    right.fill(rows);
-    return right;
+  void pack(char* to, int64_t p) const {
+    const auto& k = tile_kernels<T>();
+    if (transposed)
+      k.pack_columns(to, rows.data() + p * width(), depth, used(p));
+    else
+      k.pack_rows(to, rows.data(), p * width(), depth, used(p));
   }
-  // the transposed matrix of these rows
-  static Right of_columns(const Rows<T>& rows, int64_t depth) {
-    Right right(depth, rows.size());
-    right.each_panel([&](void* to, int64_t first, int64_t count) {
-      kernels().pack_columns(to, rows.data() + first, depth, count);
-    });
-    return right;
+  // `count` rows of c = start + left @ panel p, which is read where it lies if `packed` is null
+  void multiply(A* c, const A* const* start, const T* const* left, int64_t count, int64_t p,
+                const char* packed) const {
+    const auto& k = tile_kernels<T>();
+    if (packed)
+      k.multiply(c, start, left, k.group, packed, depth);
+    else if (transposed)
+      k.multiply_columns(c, start, left, count, rows.data() + p * width(), used(p), depth);
+    else
+      k.multiply_rows(c, start, left, count, rows.data(), p * width(), depth);
   }
-  const void* panel(int64_t p) const { return memory_.row(p); }
-
- private:
-  template <class Pack>
-  void each_panel(const Pack& pack) {
-    const int64_t width = kernels().columns;
-    parallel_rows(parts(columns, width), depth * width, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p)
-        pack(memory_.row(p), p * width, std::min(width, columns - p * width));
-    });
-  }
-  static const TileKernels<T>& kernels() { return tile_kernels<T>(); }
-
-  Buffer<float> memory_;  // a row for each panel
+  // Part of a row cannot be read in vectors.
+  bool readable(int64_t p) const { return transposed || used(p) == width(); }
 };
 
 // One term of a sum of products: left @ right, left out of the rows whose pointer is null.
@@ -152,26 +155,46 @@ template <class T, class Begin, class End>
 void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vector<Term<T>>& terms,
                      Begin begin, End end) {
   using A = typename wide<T>::type;
-  constexpr int64_t TILES = 8, PANELS = 4;  // of a task: its rows stay in a core's second cache
+  constexpr int64_t FEW = 64;   // rows, for which packing takes longer than it saves
+  constexpr int64_t TILES = 8;  // of a task: its rows stay in a core's second cache
   const auto& kernels = tile_kernels<T>();
   const int64_t height = kernels.rows, width = kernels.columns;
   const Order order(rows, terms, height);
-  int64_t centred = 0;  // elements of a row that are centred first
-  for (const auto& t : terms)
+  int64_t depth = 0, centred = 0, bytes = 0;  // of a row, of it what is centred first, of a packed panel
+  for (const auto& t : terms) {
+    depth += sums * t.right[0].depth;
+    bytes += sums * t.right[0].packed_bytes();
     if (t.centring) centred += t.right[0].depth;
+  }
+  const int64_t group = rows > 512 ? 4 : 1;  // panels of a task: those after the first find its rows near
   const int64_t panels = parts(columns, width), blocks = parts(order.tiles.size(), TILES);
-  const int64_t group = centred ? panels : PANELS,
-                tasks = blocks * parts(panels, std::max<int64_t>(group, 1));
+  const int64_t cost = std::min(rows, TILES * height) * group * width * depth;
 
-  take_turns(tasks, [&](auto take) {
+  take_turns(parts(panels, group), blocks, cost, [&](auto take) {
     const Buffer<A> c(sums * height, width);
     std::fill_n(c.data(), sums * height * width, A(0));
     std::vector<const A*> at(sums * height);  // where the tile's rows stand
     const std::vector<A> zeros(width, 0);
     Rows<T> left(height);
     std::vector<Rows<T>> ready(terms.size(), Rows<T>(TILES * height));
-    std::vector<T> memory(TILES * height * centred);
+    const Buffer<T> memory(std::min(rows, TILES * height), centred);
+    const Buffer<char> packed(group, bytes);
+    std::vector<const char*> panel(group * terms.size() * sums);  // null: read in place
+    int64_t held = -1;                                            // the first panel that is packed
     for (int64_t task; (task = take()) >= 0;) {
+      const int64_t first_panel = task / blocks * group, end_panel = std::min(first_panel + group, panels);
+      if (held != first_panel) {
+        held = first_panel;
+        auto* to = packed.data();
+        auto next = panel.begin();
+        for (int64_t p = first_panel; p < end_panel; ++p)
+          for (const auto& t : terms)
+            for (const auto& right : t.right) {
+              const bool in_place = rows <= FEW && right.readable(p);
+              *next++ = in_place ? nullptr : to;
+              if (!in_place) right.pack(to, p), to += right.packed_bytes();
+            }
+      }
       const auto* const first = order.tiles.data() + task % blocks * TILES;
       const auto* const last = std::min(first + TILES, order.tiles.data() + order.tiles.size());
       const int64_t* const own = order.rows.data() + first->first;
@@ -186,8 +209,7 @@ void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vec
           ready[k][i] = to;
           to += t.right[0].depth;
         }
-      const int64_t first_panel = task / blocks * group;
-      for (int64_t p = first_panel; p < std::min(first_panel + group, panels); ++p) {
+      for (int64_t p = first_panel; p < end_panel; ++p) {
         const int64_t column = p * width, used = std::min(width, columns - column);
         for (const auto* tile = first; tile < last; ++tile) {
           const int64_t begun = tile->first - first->first;
@@ -197,13 +219,16 @@ void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vec
             const A* const start = begin(own[row(i % height)], column, used, i / height, c.row(i));
             at[i] = start ? start : zeros.data();
           }
+          auto next = panel.begin() + (p - first_panel) * terms.size() * sums;
           for (size_t k = 0; k < terms.size(); ++k) {
-            if (!ready[k][begun]) continue;
+            if (!ready[k][begun]) {
+              next += sums;
+              continue;
+            }
             for (int64_t i = 0; i < height; ++i) left[i] = ready[k][row(i)];
             for (int64_t s = 0; s < sums; ++s) {
-              const auto& right = terms[k].right[s];
-              kernels.multiply(c.row(s * height), &at[s * height], left.data(), kernels.group, right.panel(p),
-                               right.depth);
+              terms[k].right[s].multiply(c.row(s * height), &at[s * height], left.data(), tile->count, p,
+                                         *next++);
               for (int64_t i = s * height; i < (s + 1) * height; ++i) at[i] = c.row(i);
             }
           }
@@ -231,48 +256,53 @@ void product_over_rows(const Rows<T>& left, int64_t m, const Rows<T>& right, int
   for (size_t k = 0; k < left.size(); ++k)
     if (left[k] && right[k]) there.push_back(k);
 
-  Buffer<A> c(tiles * panels, tile);
-  Buffer<T> centred(centring ? DEPTH : 0, n);
-  Right<T> whole(DEPTH, n);
-  parallel_rows(tiles * panels, tile,
-                [&](int64_t from, int64_t to) { std::fill_n(c.row(from), (to - from) * tile, A(0)); });
-  for (size_t first = 0; first < there.size(); first += DEPTH) {
+  const int64_t most = std::min<int64_t>(there.size(), DEPTH);
+  const bool once = there.size() <= DEPTH;
+  const Buffer<A> c(once ? 0 : tiles * panels, tile);
+  const Buffer<T> centred(centring ? most : 0, n);
+  const auto bytes = parts(most, kernels.group) * kernels.group * width * kernels.bytes;
+  const Buffer<char> whole(panels, bytes);
+  size_t first = 0;
+  do {
     const int64_t* const k = there.data() + first;
     const int64_t depth = std::min<int64_t>(DEPTH, there.size() - first);
+    const bool begins = first == 0, ends = first + depth == there.size();
     Rows<T> a(depth), b(depth);
     for (int64_t i = 0; i < depth; ++i) a[i] = left[k[i]], b[i] = centring ? centred.row(i) : right[k[i]];
     if (centring)
       parallel_rows(depth, n, [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) centring->apply(centred.row(i), right[k[i]], k[i], n);
       });
-    whole.fill(b);
-    take_turns(parts(tiles, TILES), [&](auto take) {
-      const Buffer<T> packed(TILES, DEPTH * height);
+    parallel_rows(panels, depth * width, [&](int64_t from, int64_t to) {
+      for (int64_t p = from; p < to; ++p)
+        kernels.pack_rows(whole.row(p), b.data(), p * width, depth, std::min(width, n - p * width));
+    });
+    take_turns(parts(tiles, TILES), 1, TILES * tile * panels * depth, [&](auto take) {
+      const Buffer<T> packed(TILES, parts(depth, kernels.group) * kernels.group * height);
+      const Buffer<A> own(once, tile);
+      const std::vector<A> zeros(width, 0);
       Rows<T> rows(height);
-      std::vector<const A*> at(height);
+      std::vector<const A*> at(height, zeros.data());
       for (int64_t task; (task = take()) >= 0;) {
-        const int64_t begin = task * TILES, end = std::min(begin + TILES, tiles);
-        for (int64_t t = begin; t < end; ++t)
+        const int64_t begin = task * TILES, end_ = std::min(begin + TILES, tiles);
+        for (int64_t t = begin; t < end_; ++t)
           kernels.pack_left(packed.row(t - begin), a.data(), t * height, depth,
                             std::min(height, m - t * height));
         for (int64_t p = 0; p < panels; ++p)
-          for (int64_t t = begin; t < end; ++t) {
-            A* const sums = c.row(t * panels + p);
+          for (int64_t t = begin; t < end_; ++t) {
+            A* const sums = once ? own.data() : c.row(t * panels + p);
             for (int64_t i = 0; i < height; ++i) {
               rows[i] = packed.row(t - begin) + i * kernels.group;
-              at[i] = sums + i * width;
+              if (!begins) at[i] = sums + i * width;
             }
-            kernels.multiply(sums, at.data(), rows.data(), height * kernels.group, whole.panel(p), depth);
+            kernels.multiply(sums, at.data(), rows.data(), height * kernels.group, whole.row(p), depth);
+            for (int64_t i = 0; ends && i < std::min(height, m - t * height); ++i)
+              end(t * height + i, p * width, std::min(width, n - p * width), sums + i * width);
           }
       }
     });
-  }
-  parallel_rows(tiles, panels * tile, [&](int64_t from, int64_t to) {
-    for (int64_t t = from; t < to; ++t)
-      for (int64_t i = 0; i < std::min(height, m - t * height); ++i)
-        for (int64_t p = 0; p < panels; ++p)
-          end(t * height + i, p * width, std::min(width, n - p * width), c.row(t * panels + p) + i * width);
-  });
+    first += depth;
+  } while (first < there.size());
 }
 
 }  // namespace mmfast

@@ -123,15 +123,15 @@ void pack_columns(void* to_, const T* const* from, int64_t depth, int64_t count)
     for (int64_t j = 0; j < WIDTH; ++j) one(done, j);
 }
 
-// One group of k: the sums of a tile take on left[.][0 .. used) @ right[0 .. used)[.]
-template <class T>
-__attribute__((always_inline)) inline void step_on(Vec<T> (&sum)[ROWS][VECTORS], const T* const* left,
-                                                   int64_t at, const Element<T>* right, int used) {
-  Vec<T> b[VECTORS];
+// One group of k: the sums of R rows take on left[.][at ... at + used) @ right.
+template <class T, int R, class Fetch>
+__attribute__((always_inline)) inline void step_on(Vec<T> (&sum)[R][VECTORS], const T* const* left,
+                                                   int64_t at, int64_t k, int used, Fetch fetch) {
+  Vec<T> right[VECTORS];
 #pragma GCC unroll 4
-  for (int v = 0; v < VECTORS; ++v) __builtin_memcpy(&b[v], right + v * lanes<T> * GROUP<T>, BYTES);
+  for (int v = 0; v < VECTORS; ++v) right[v] = fetch(k, v, used);
 #pragma GCC unroll 6
-  for (int i = 0; i < ROWS; ++i) {
+  for (int i = 0; i < R; ++i) {
 #ifdef __AVX512BF16__
     if constexpr (PAIRS<T>) {
       uint32_t pair = 0;
@@ -139,52 +139,164 @@ __attribute__((always_inline)) inline void step_on(Vec<T> (&sum)[ROWS][VECTORS],
       const auto a = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; ++v)
-        sum[i][v] = (Float)_mm512_dpbf16_ps((__m512)sum[i][v], a, (__m512bh)b[v]);
+        sum[i][v] = (Float)_mm512_dpbf16_ps((__m512)sum[i][v], a, (__m512bh)right[v]);
     } else
 #endif
     {
       const Vec<T> a = packed(left[i][at]) - Vec<T>{};  // everywhere; x - 0 is x, its sign included
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) sum[i][v] += a * b[v];
+      for (int v = 0; v < VECTORS; ++v) sum[i][v] += a * right[v];
     }
   }
 }
 
-// One chain of n additions loses about n eps, chains of BLOCK that are then added up sqrt(n BLOCK) eps.
-constexpr int64_t BLOCK = 128;  // groups
-
+// One chain of n additions loses about n eps, chains of BLOCK that are then added up sqrt(n BLOCK) eps. For
+// bfloat16 either is nothing.
 template <class T>
-void multiply(Acc<T>* c, const Acc<T>* const* start, const T* const* left, int64_t step, const void* right_,
-              int64_t depth) {
+constexpr int64_t BLOCK = sizeof(T) == 2 ? 1 << 14 : 128;
+
+// R rows of c = start + left @ right, where fetch(k, v, used) is vector v of the right-hand side's rows k ...
+// k + used, as it lies once packed
+template <class T, int R, class Fetch>
+__attribute__((always_inline)) inline void multiply_by(Acc<T>* c, const Acc<T>* const* start,
+                                                       const T* const* left, int64_t step, int64_t depth,
+                                                       Fetch fetch) {
   constexpr int64_t G = GROUP<T>;
-  const Element<T>* right = static_cast<const Element<T>*>(right_);
-  const T* row[ROWS];
-  const Acc<T>* before[ROWS];
+  const T* row[R];
+  const Acc<T>* own[R];
 #pragma GCC unroll 6
-  for (int i = 0; i < ROWS; ++i) row[i] = left[i], before[i] = start[i];
-  int64_t at = 0, rest = depth;
+  for (int i = 0; i < R; ++i) row[i] = left[i], own[i] = c + i * COLUMNS<T>;
+  int64_t at = 0, k = 0;
   do {
-    const int64_t used = rest < BLOCK * G ? rest : BLOCK * G;
-    Vec<T> sum[ROWS][VECTORS] = {};
-    for (int64_t k = 0; k < used / G; ++k, at += step, right += COLUMNS<T> * G)
-      step_on<T>(sum, row, at, right, G);
-    if (G == 2 && used % 2) step_on<T>(sum, row, at, right, 1);
+    const int64_t end = depth - k < BLOCK<T> ? depth : k + BLOCK<T>;
+    Vec<T> sum[R][VECTORS] = {};
+    for (; k + G <= end; k += G, at += step) step_on<T>(sum, row, at, k, G, fetch);
+    if (k < end) step_on<T>(sum, row, at, k, 1, fetch), k = end;
 #pragma GCC unroll 6
-    for (int i = 0; i < ROWS; ++i) {
+    for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; ++v) {
-        sum[i][v] += bits<Vec<T>>(before[i] + v * lanes<T>, lanes<T>);
+        sum[i][v] += bits<Vec<T>>(start[i] + v * lanes<T>, lanes<T>);
         __builtin_memcpy(c + (i * VECTORS + v) * lanes<T>, &sum[i][v], BYTES);
       }
-      before[i] = c + i * COLUMNS<T>;
-    }
-    rest -= used;
-  } while (rest > 0);
+    start = own;
+  } while (k < depth);
 }
 
 template <class T>
-constexpr TileKernels<T> kernels = {ROWS,         COLUMNS<T>,   GROUP<T>,        sizeof(Element<T>),
-                                    pack_left<T>, pack_rows<T>, pack_columns<T>, multiply<T>};
+void multiply(Acc<T>* c, const Acc<T>* const* start, const T* const* left, int64_t step, const void* right,
+              int64_t depth) {
+  const auto fetch = [right](int64_t k, int v, int) {
+    const auto* const row = static_cast<const Element<T>*>(right) + k * COLUMNS<T>;
+    return bits<Vec<T>>(row + v * lanes<T> * GROUP<T>, lanes<T> * GROUP<T>);
+  };
+  multiply_by<T, ROWS>(c, start, left, step, depth, fetch);
+}
+
+// f<count>() for a count of 1 to ROWS
+template <int R = ROWS, class F>
+void with_rows(int64_t count, F f) {
+  if constexpr (R > 1)
+    if (count < R) return with_rows<R - 1>(count, f);
+  f.template operator()<R>();
+}
+
+template <class T>
+void multiply_rows(Acc<T>* c, const Acc<T>* const* start, const T* const* left, int64_t count,
+                   const T* const* right, int64_t first, int64_t depth) {
+  const auto fetch = [right, first](int64_t k, int v, int used) {
+    const auto row = [&](int64_t k) { return load(right[k] + first + v * lanes<T>, Whole{}); };
+    if constexpr (PAIRS<T>)
+      return (Vec<T>)((Uint)row(k) >> 16 | (used == 2 ? (Uint)row(k + 1) : Uint{}));
+    else
+      return row(k);
+  };
+  with_rows(count, [&]<int R>() { multiply_by<T, R>(c, start, left, GROUP<T>, depth, fetch); });
+}
+
+// The sum over each vector's lanes, at the front of one vector: neighbours are added until each lane is a
+// sum.
+template <class V>
+V totals(const V (&v)[VECTORS]) {
+  constexpr int L = sizeof(V) / sizeof(v[0][0]);
+  decltype(v[0] < v[0]) even, odd;
+  for (int i = 0; i < L; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
+  const auto add = [&](V x, V y) { return __builtin_shuffle(x, y, even) + __builtin_shuffle(x, y, odd); };
+  V sum = add(v[0], v[1]);
+  if constexpr (VECTORS == 4) sum = add(sum, add(v[2], v[3]));
+  for (int n = L / VECTORS; n > 1; n /= 2) sum = add(sum, sum);
+  return sum;
+}
+
+// `sum` takes on the products of a vector of k, or what Part says of it, of R rows and VECTORS columns.
+template <class T, int R, class P>
+__attribute__((always_inline)) inline void products(Vec<T> (&sum)[R][VECTORS], const T* const (&left)[R],
+                                                    const T* const (&right)[VECTORS], int64_t k, P part) {
+#ifdef __AVX512BF16__
+  if constexpr (PAIRS<T>) {
+    const auto pairs = [k, part](const T* x) {
+      if constexpr (__is_same(P, Whole))
+        return (__m512bh)bits<Float>(x + k, 2 * lanes<T>);
+      else
+        return (__m512bh)bits<Float>(x + k, part.count);
+    };
+    __m512bh b[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) b[v] = pairs(right[v]);
+#pragma GCC unroll 6
+    for (int i = 0; i < R; ++i) {
+      const __m512bh a = pairs(left[i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) sum[i][v] = (Float)_mm512_dpbf16_ps((__m512)sum[i][v], a, b[v]);
+    }
+    return;
+  }
+#endif
+  Vec<T> b[VECTORS];
+#pragma GCC unroll 4
+  for (int v = 0; v < VECTORS; ++v) b[v] = load(right[v] + k, part);
+#pragma GCC unroll 6
+  for (int i = 0; i < R; ++i) {
+    const Vec<T> a = load(left[i] + k, part);
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) sum[i][v] += a * b[v];
+  }
+}
+
+template <class T>
+void multiply_columns(Acc<T>* c, const Acc<T>* const* start, const T* const* left, int64_t count,
+                      const T* const* right, int64_t columns, int64_t depth) {
+  constexpr int64_t STEP = lanes<T> * GROUP<T>, NEAR = 48 * STEP;  // rows and columns stay in the first cache
+  with_rows(count, [&]<int R>() {
+    const Acc<T>* before[R];
+    for (int i = 0; i < R; ++i) before[i] = start[i];
+    int64_t first = 0;
+    do {
+      const int64_t used = depth - first < NEAR ? depth - first : NEAR;
+      const T *a[R], *b[VECTORS];
+      for (int i = 0; i < R; ++i) a[i] = left[i] + first;
+      for (int64_t j = 0; j < columns; j += VECTORS) {
+        for (int v = 0; v < VECTORS; ++v) b[v] = right[j + v < columns ? j + v : j] + first;
+        Vec<T> sum[R][VECTORS] = {};
+        int64_t k = 0;
+        for (; k + STEP <= used; k += STEP) products<T, R>(sum, a, b, k, Whole{});
+        if (k < used) products<T, R>(sum, a, b, k, Part{used - k});
+#pragma GCC unroll 6
+        for (int i = 0; i < R; ++i) {
+          const Vec<T> sums = totals(sum[i]) + bits<Vec<T>>(before[i] + j, VECTORS);
+          __builtin_memcpy(c + i * COLUMNS<T> + j, &sums, VECTORS * sizeof(Acc<T>));
+        }
+      }
+      for (int i = 0; i < R; ++i) before[i] = c + i * COLUMNS<T>;
+      first += used;
+    } while (first < depth);
+  });
+}
+
+template <class T>
+constexpr TileKernels<T> kernels = {
+    ROWS,         COLUMNS<T>,      GROUP<T>,    sizeof(Element<T>), pack_left<T>,
+    pack_rows<T>, pack_columns<T>, multiply<T>, multiply_rows<T>,   multiply_columns<T>};
 
 }  // namespace
 

@@ -23,6 +23,13 @@ struct TileKernels {
   // left's element (i, k) is left[i][k / group * step + k % group]
   void (*multiply)(A* c, const A* const* start, const T* const* left, int64_t step, const void* right,
                    int64_t depth);
+  // The same for the first `count` rows, with a right-hand side that is not packed: (k, j) is right[k][first
+  // + j] ...
+  void (*multiply_rows)(A* c, const A* const* start, const T* const* left, int64_t count,
+                        const T* const* right, int64_t first, int64_t depth);
+  // ... or right[j][k], for the first `columns` columns
+  void (*multiply_columns)(A* c, const A* const* start, const T* const* left, int64_t count,
+                           const T* const* right, int64_t columns, int64_t depth);
 };
 
 }  // namespace mmfast

@@ -71,8 +71,9 @@ class Buffer {
   Buffer(int64_t rows, int64_t columns) : columns_(columns) {
     constexpr size_t LINE = 64;
     const size_t bytes = rows * columns * sizeof(T);
+    if (bytes == 0) return;
     memory_.reset(static_cast<T*>(std::aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE)));
-    if (bytes > 0 && !memory_) throw std::bad_alloc();
+    if (!memory_) throw std::bad_alloc();
   }
   T* data() const { return memory_.get(); }
   T* row(int64_t r) const { return data() + r * columns_; }

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <map>
+#include <optional>
 #include <vector>
 
 #include "simd/tiles.h"
@@ -38,6 +39,9 @@ void take_turns(int64_t lines, int64_t of_line, int64_t cost, const F& worker) {
     });
   });
 }
+
+// Reading or writing an element takes as long as this many multiplications.
+constexpr int64_t MEMORY = 16;
 
 // A pointer to each row of a matrix; in what follows a null pointer is a row that is not there.
 template <class T>
@@ -129,22 +133,77 @@ struct Order {
 
   template <class T>
   Order(int64_t count, const std::vector<Term<T>>& terms, int64_t tile) {
-    std::map<std::vector<bool>, std::vector<int64_t>> alike;
-    std::vector<bool> there(terms.size());
-    std::vector<int64_t>* list = nullptr;
+    rows.reserve(count);
+    std::map<std::vector<bool>, std::vector<int64_t>>
+        others;  // rows that lack a term, by the terms they have
     for (int64_t r = 0; r < count; ++r) {
-      bool changed = !list;
-      for (size_t i = 0; i < terms.size(); ++i)
-        if (there[i] != (terms[i].left[r] != nullptr)) there[i] = !there[i], changed = true;
-      if (changed) list = &alike[there];
-      list->push_back(r);
+      const auto there = [r](const Term<T>& t) { return t.left[r] != nullptr; };
+      if (std::all_of(terms.begin(), terms.end(), there)) {
+        rows.push_back(r);
+        continue;
+      }
+      std::vector<bool> which;
+      for (const auto& t : terms) which.push_back(there(t));
+      others[which].push_back(r);
     }
-    for (const auto& [_, list] : alike) {
-      for (size_t k = 0; k < list.size(); k += tile)
-        tiles.push_back({static_cast<int64_t>(rows.size() + k), std::min<int64_t>(tile, list.size() - k)});
+    const auto make_tiles = [&](size_t first) {
+      for (size_t k = first; k < rows.size(); k += tile)
+        tiles.push_back({static_cast<int64_t>(k), std::min<int64_t>(tile, rows.size() - k)});
+    };
+    make_tiles(0);
+    for (const auto& [_, list] : others) {
       rows.insert(rows.end(), list.begin(), list.end());
+      make_tiles(rows.size() - list.size());
     }
   }
+};
+
+// The right-hand sides of a sum's terms in the few panels that a thread is at.
+template <class T>
+class Panels {
+ public:
+  Panels(const std::vector<Term<T>>& terms, int64_t sums, int64_t group, bool in_place)
+      : terms_(terms), sums_(sums), in_place_(in_place), packed_(group * terms.size() * sums) {}
+
+  void go_to(int64_t first, int64_t end) {
+    if (first == first_) return;
+    first_ = first;
+    int64_t bytes = 0;
+    for (const auto& t : terms_) bytes += sums_ * t.right[0].packed_bytes();
+    char* to = memory_ ? memory_->data() : nullptr;
+    auto next = packed_.begin();
+    for (int64_t p = first; p < end; ++p)
+      for (const auto& t : terms_)
+        for (const auto& right : t.right) {
+          *next++ = nullptr;
+          if (in_place_ && right.readable(p)) continue;
+          if (!to) to = memory_.emplace(packed_.size() / (terms_.size() * sums_), bytes).data();
+          right.pack(to, p);
+          next[-1] = to;
+          to += right.packed_bytes();
+        }
+  }
+  // null: read where it lies
+  const char* packed(int64_t p, size_t term, int64_t sum) const {
+    return packed_[((p - first_) * terms_.size() + term) * sums_ + sum];
+  }
+
+ private:
+  const std::vector<Term<T>>& terms_;
+  int64_t sums_, first_ = -1;
+  bool in_place_;
+  std::vector<const char*> packed_;
+  std::optional<Buffer<char>> memory_;
+};
+
+// The sums of a tile.
+template <class T, class A = typename wide<T>::type>
+struct Sums {
+  using K = TileKernels<T>;
+  alignas(64) A of[K::MOST_ROWS * K::MOST_COLUMNS] = {};
+  const A* at[K::MOST_ROWS];  // where each row stands so far
+
+  static inline const A zeros[K::MOST_COLUMNS] = {};
 };
 
 // out [rows, columns] = a start + the terms, `sums` of them at once, tile by tile. begin(row, first, count,
@@ -155,46 +214,28 @@ template <class T, class Begin, class End>
 void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vector<Term<T>>& terms,
                      Begin begin, End end) {
   using A = typename wide<T>::type;
-  constexpr int64_t FEW = 64;   // rows, for which packing takes longer than it saves
-  constexpr int64_t TILES = 8;  // of a task: its rows stay in a core's second cache
+  constexpr int64_t FEW = 16 * sizeof(T);  // rows, for which packing takes longer than it saves
+  constexpr int64_t TILES = 8;             // of a task: its rows stay in a core's second cache
   const auto& kernels = tile_kernels<T>();
   const int64_t height = kernels.rows, width = kernels.columns;
   const Order order(rows, terms, height);
-  int64_t depth = 0, centred = 0, bytes = 0;  // of a row, of it what is centred first, of a packed panel
+  int64_t depth = 0, centred = 0;  // of a row, and what of it is centred first
   for (const auto& t : terms) {
     depth += sums * t.right[0].depth;
-    bytes += sums * t.right[0].packed_bytes();
     if (t.centring) centred += t.right[0].depth;
   }
   const int64_t group = rows > 512 ? 4 : 1;  // panels of a task: those after the first find its rows near
   const int64_t panels = parts(columns, width), blocks = parts(order.tiles.size(), TILES);
-  const int64_t cost = std::min(rows, TILES * height) * group * width * depth;
+  const int64_t cost = std::clamp(rows, MEMORY, TILES * height) * group * width * depth;
 
   take_turns(parts(panels, group), blocks, cost, [&](auto take) {
-    const Buffer<A> c(sums * height, width);
-    std::fill_n(c.data(), sums * height * width, A(0));
-    std::vector<const A*> at(sums * height);  // where the tile's rows stand
-    const std::vector<A> zeros(width, 0);
-    Rows<T> left(height);
-    std::vector<Rows<T>> ready(terms.size(), Rows<T>(TILES * height));
+    Panels<T> right(terms, sums, group, rows <= FEW);
+    Rows<T> ready(terms.size() * TILES * height);  // of the task, term by term
     const Buffer<T> memory(std::min(rows, TILES * height), centred);
-    const Buffer<char> packed(group, bytes);
-    std::vector<const char*> panel(group * terms.size() * sums);  // null: read in place
-    int64_t held = -1;                                            // the first panel that is packed
+    Sums<T> c[2];
     for (int64_t task; (task = take()) >= 0;) {
       const int64_t first_panel = task / blocks * group, end_panel = std::min(first_panel + group, panels);
-      if (held != first_panel) {
-        held = first_panel;
-        auto* to = packed.data();
-        auto next = panel.begin();
-        for (int64_t p = first_panel; p < end_panel; ++p)
-          for (const auto& t : terms)
-            for (const auto& right : t.right) {
-              const bool in_place = rows <= FEW && right.readable(p);
-              *next++ = in_place ? nullptr : to;
-              if (!in_place) right.pack(to, p), to += right.packed_bytes();
-            }
-      }
+      right.go_to(first_panel, end_panel);
       const auto* const first = order.tiles.data() + task % blocks * TILES;
       const auto* const last = std::min(first + TILES, order.tiles.data() + order.tiles.size());
       const int64_t* const own = order.rows.data() + first->first;
@@ -203,10 +244,10 @@ void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vec
       for (size_t k = 0; k < terms.size(); ++k)
         for (int64_t i = 0; i < count; ++i) {
           const auto& t = terms[k];
-          ready[k][i] = t.left[own[i]];
-          if (!t.centring || !ready[k][i]) continue;
-          t.centring->apply(to, ready[k][i], own[i], t.right[0].depth);
-          ready[k][i] = to;
+          const T*& x = ready[k * TILES * height + i] = t.left[own[i]];
+          if (!t.centring || !x) continue;
+          t.centring->apply(to, x, own[i], t.right[0].depth);
+          x = to;
           to += t.right[0].depth;
         }
       for (int64_t p = first_panel; p < end_panel; ++p) {
@@ -215,25 +256,22 @@ void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vec
           const int64_t begun = tile->first - first->first;
           // a short tile's last row fills it up
           const auto row = [&](int64_t i) { return begun + std::min(i, tile->count - 1); };
-          for (int64_t i = 0; i < sums * height; ++i) {
-            const A* const start = begin(own[row(i % height)], column, used, i / height, c.row(i));
-            at[i] = start ? start : zeros.data();
-          }
-          auto next = panel.begin() + (p - first_panel) * terms.size() * sums;
-          for (size_t k = 0; k < terms.size(); ++k) {
-            if (!ready[k][begun]) {
-              next += sums;
-              continue;
+          for (int64_t s = 0; s < sums; ++s)
+            for (int64_t i = 0; i < height; ++i) {
+              const A* const start = begin(own[row(i)], column, used, s, c[s].of + i * width);
+              c[s].at[i] = start ? start : Sums<T>::zeros;
             }
-            for (int64_t i = 0; i < height; ++i) left[i] = ready[k][row(i)];
+          for (size_t k = 0; k < terms.size(); ++k) {
+            const T *left[TileKernels<T>::MOST_ROWS], *const *const x = &ready[k * TILES * height];
+            if (!x[begun]) continue;
+            for (int64_t i = 0; i < height; ++i) left[i] = x[row(i)];
             for (int64_t s = 0; s < sums; ++s) {
-              terms[k].right[s].multiply(c.row(s * height), &at[s * height], left.data(), tile->count, p,
-                                         *next++);
-              for (int64_t i = s * height; i < (s + 1) * height; ++i) at[i] = c.row(i);
+              terms[k].right[s].multiply(c[s].of, c[s].at, left, tile->count, p, right.packed(p, k, s));
+              for (int64_t i = 0; i < height; ++i) c[s].at[i] = c[s].of + i * width;
             }
           }
           for (int64_t i = 0; i < tile->count; ++i)
-            end(own[begun + i], column, used, at[i], sums > 1 ? at[height + i] : nullptr);
+            end(own[begun + i], column, used, c[0].at[i], sums > 1 ? c[1].at[i] : nullptr);
         }
       }
     }
@@ -277,12 +315,10 @@ void product_over_rows(const Rows<T>& left, int64_t m, const Rows<T>& right, int
       for (int64_t p = from; p < to; ++p)
         kernels.pack_rows(whole.row(p), b.data(), p * width, depth, std::min(width, n - p * width));
     });
-    take_turns(parts(tiles, TILES), 1, TILES * tile * panels * depth, [&](auto take) {
+    take_turns(parts(tiles, TILES), 1, TILES * tile * panels * std::max(depth, MEMORY), [&](auto take) {
       const Buffer<T> packed(TILES, parts(depth, kernels.group) * kernels.group * height);
-      const Buffer<A> own(once, tile);
-      const std::vector<A> zeros(width, 0);
-      Rows<T> rows(height);
-      std::vector<const A*> at(height, zeros.data());
+      Sums<T> own;
+      std::fill_n(own.at, height, Sums<T>::zeros);
       for (int64_t task; (task = take()) >= 0;) {
         const int64_t begin = task * TILES, end_ = std::min(begin + TILES, tiles);
         for (int64_t t = begin; t < end_; ++t)
@@ -290,12 +326,13 @@ void product_over_rows(const Rows<T>& left, int64_t m, const Rows<T>& right, int
                             std::min(height, m - t * height));
         for (int64_t p = 0; p < panels; ++p)
           for (int64_t t = begin; t < end_; ++t) {
-            A* const sums = once ? own.data() : c.row(t * panels + p);
+            A* const sums = once ? own.of : c.row(t * panels + p);
+            const T* rows[TileKernels<T>::MOST_ROWS];
             for (int64_t i = 0; i < height; ++i) {
               rows[i] = packed.row(t - begin) + i * kernels.group;
-              if (!begins) at[i] = sums + i * width;
+              if (!begins) own.at[i] = sums + i * width;
             }
-            kernels.multiply(sums, at.data(), rows.data(), height * kernels.group, whole.row(p), depth);
+            kernels.multiply(sums, own.at, rows, height * kernels.group, whole.row(p), depth);
             for (int64_t i = 0; ends && i < std::min(height, m - t * height); ++i)
               end(t * height + i, p * width, std::min(width, n - p * width), sums + i * width);
           }

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,10 @@ def _launcher(module: str, name: str, backend: str) -> Callable[..., Any]:
     return launch
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+def autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors as autocast wants them: floating ones but float64 in its dtype, where it is on."""
-    device = next(t.device.type for t in tensors if t is not None)
+    tensors = (first, *others)
+    device = first.device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -70,11 +71,12 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(cast(t) for t in tensors)
 
 
-def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors, one that comes twice (an input that is the residual too) as a view the second time.
-
-    Dynamo traces no ``autograd.Function`` that is given the same tensor twice.
+def distinct(*tensors: Tensor | None) -> Sequence[Tensor | None]:
+    """The tensors. For Dynamo, one that comes twice (an input that is the residual too) is a view the second
+    time: it traces no ``autograd.Function`` that is given the same tensor twice.
     """
+    if not torch.compiler.is_compiling():
+        return tensors
     out: list[Tensor | None] = []
     for t in tensors:
         again = t is not None and any(t is seen for seen in out)

@@ -205,11 +205,17 @@ template <class T>
 void multiply_rows(Acc<T>* c, const Acc<T>* const* start, const T* const* left, int64_t count,
                    const T* const* right, int64_t first, int64_t depth) {
   const auto fetch = [right, first](int64_t k, int v, int used) {
-    const auto row = [&](int64_t k) { return load(right[k] + first + v * lanes<T>, Whole{}); };
-    if constexpr (PAIRS<T>)
-      return (Vec<T>)((Uint)row(k) >> 16 | (used == 2 ? (Uint)row(k + 1) : Uint{}));
-    else
-      return row(k);
+    if constexpr (PAIRS<T>) {
+      using Line = uint16_t __attribute__((vector_size(BYTES)));
+      const int64_t column = first + v / 2 * 2 * lanes<T>;
+      Line order;
+      for (int i = 0; i < 2 * lanes<T>; ++i) order[i] = i / 2 + v % 2 * lanes<T> + i % 2 * 2 * lanes<T>;
+      const Line row = bits<Line>(right[k] + column, 2 * lanes<T>);
+      const Line next = used == 2 ? bits<Line>(right[k + 1] + column, 2 * lanes<T>) : Line{};
+      return (Vec<T>)__builtin_shuffle(row, next, order);
+    } else {
+      return load(right[k] + first + v * lanes<T>, Whole{});
+    }
   };
   with_rows(count, [&]<int R>() { multiply_by<T, R>(c, start, left, GROUP<T>, depth, fetch); });
 }
@@ -292,6 +298,8 @@ void multiply_columns(Acc<T>* c, const Acc<T>* const* start, const T* const* lef
     } while (first < depth);
   });
 }
+
+static_assert(ROWS <= TileKernels<float>::MOST_ROWS && COLUMNS<float> <= TileKernels<float>::MOST_COLUMNS);
 
 template <class T>
 constexpr TileKernels<T> kernels = {

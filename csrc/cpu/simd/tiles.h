@@ -11,6 +11,8 @@ namespace mmfast {
 // group, width, group], the last group and the last columns filled up with zeros.
 template <class T, class A = typename wide<T>::type>
 struct TileKernels {
+  static constexpr int64_t MOST_ROWS = 6, MOST_COLUMNS = 256 / sizeof(A);  // in any instruction set
+
   int64_t rows, columns, group;
   int64_t bytes;  // of an element of the right-hand side once packed
   // The left-hand side for one tile, width `rows`: element (k, i) is from[k][i].

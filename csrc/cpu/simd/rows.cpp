@@ -34,24 +34,6 @@ Float exp(Float x) {
   return p * (Float)((half + 127) << 23) * (Float)((whole - half + 127) << 23);
 }
 
-// Norbert Juffa's two minimax polynomials, joined at 475/512; within 1 ulp.
-Float erf(Float x) {
-  const Float t = x < 0 ? -x : x, s = x * x;
-  Float big = t * -1.72853470e-5f + 3.83197126e-4f;
-  big = big * s + (t * -3.88396438e-3f + 2.42546219e-2f);
-  big = big * t - 1.06777877e-1f;
-  big = big * t - 6.34846687e-1f;
-  big = big * t - 1.28717512e-1f;
-  big = 1.f - exp(big * t - t);
-  big = x < 0 ? -big : big;
-  Float small = s * -5.96761703e-4f + 4.99119423e-3f;
-  small = small * s - 2.67681349e-2f;
-  small = small * s + 1.12819925e-1f;
-  small = small * s - 3.76125336e-1f;
-  small = small * s + 1.28379166e-1f;
-  return t > 0.927734375f ? big : small * x + x;
-}
-
 template <class F>
 Double each(Double x, F f) {
   for (unsigned i = 0; i < sizeof(Double) / sizeof(double); ++i) x[i] = f(x[i]);
@@ -60,8 +42,38 @@ Double each(Double x, F f) {
 Double exp(Double x) {
   return each(x, [](double v) { return __builtin_exp(v); });
 }
-Double erf(Double x) {
-  return each(x, [](double v) { return __builtin_erf(v); });
+
+template <class V>
+struct Normal {
+  V cdf, bell;  // Phi(x), exp(-x^2 / 2)
+};
+
+// By its tail: Phi(-|x|) = exp(-x^2 / 2) R(u), u = 1 / (1 + p |x|). R is a polynomial with the least relative
+// error for x from 0 to 40: 6e-8, for bfloat16 1e-4.
+template <class T>
+Normal<Vec<T>> normal(Vec<T> x) {
+  if constexpr (sizeof(T) == 8) {
+    const auto cdf = [](double v) { return 0.5 * __builtin_erfc(v * -0.70710678118654752); };
+    return {each(x, cdf), exp(x * x * -0.5)};
+  } else {
+    constexpr bool brief = sizeof(T) == 2;
+    constexpr float fine[] = {0.109710686f,   0.109654367f, 0.102190353f,  0.0789365023f, 0.0880057290f,
+                              -0.0351589993f, 0.130167380f, -0.110673539f, 0.0271675214f};
+    constexpr float rough[] = {0.159573987f, 0.160499215f, 0.120616016f, 0.144003928f, -0.0847404599f};
+    const Float size = x < 0 ? -x : x, below = 1.f + (brief ? 0.4f : 0.275f) * size;
+#ifdef __AVX512F__
+    const Float u = brief ? (Float)_mm512_rcp14_ps((__m512)below) : 1.f / below;
+#else
+    const Float u = 1.f / below;
+#endif
+    Float r{};
+    if constexpr (brief)
+      for (int i = 5; i-- > 0;) r = (r + rough[i]) * u;
+    else
+      for (int i = 9; i-- > 0;) r = (r + fine[i]) * u;
+    const Float bell = exp(x * x * -0.5f), tail = bell * r;
+    return {x < 0 ? tail : 1.f - tail, bell};
+  }
 }
 
 template <class V>
@@ -69,13 +81,13 @@ V sigmoid(V x) {
   return 1 / (1 + exp(-x));
 }
 
-template <class V>
+template <class T, class V = Vec<T>>
 V activate(Activation activation, V x) {
   switch (activation) {
     case Activation::relu:
       return x < 0 ? V{} : x;
     case Activation::gelu:
-      return x * 0.5f * (1 + erf(x * static_cast<decltype(x[0] + 0)>(0.70710678118654752)));
+      return x * normal<T>(x).cdf;
     case Activation::silu:
     case Activation::swiglu:
       return x / (1 + exp(-x));
@@ -84,15 +96,15 @@ V activate(Activation activation, V x) {
   }
 }
 
-template <class V>
+template <class T, class V = Vec<T>>
 V slope(Activation activation, V x) {
-  using A = decltype(x[0] + 0);
   switch (activation) {
     case Activation::relu:
       return x <= 0 ? V{} : V{} + 1;
-    case Activation::gelu:
-      return (1 + erf(x * A(0.70710678118654752))) * A(0.5) +
-             x * exp(x * x * A(-0.5)) * A(0.39894228040143268);
+    case Activation::gelu: {
+      const auto [cdf, bell] = normal<T>(x);
+      return cdf + x * bell * Acc<T>(0.39894228040143268);
+    }
     case Activation::silu:
     case Activation::swiglu:
       return sigmoid(x) * (1 + x * (1 - sigmoid(x)));
@@ -124,7 +136,7 @@ template <class T, Activation activation>
 __attribute__((noinline)) void epilogue_of(T* out, const Acc<T>* preact, const Acc<T>* other,
                                            const Acc<T>* gate, const T* residual, int64_t n) {
   sweep<T>(n, [&](int64_t c, auto part) {
-    Vec<T> y = activate(activation, load(preact + c, part));
+    Vec<T> y = activate<T>(activation, load(preact + c, part));
     if constexpr (activation == Activation::swiglu) y *= load(other + c, part);
     if (gate) y *= load(gate + c, part);
     if (residual) y += load(residual + c, part);
@@ -138,12 +150,13 @@ void epilogue_backward_of(T* dpreact, Acc<T>* dgate, const T* grad, const T* pre
   constexpr bool glu = activation == Activation::swiglu;
   sweep<T>(n, [&](int64_t c, auto part) {
     const Vec<T> g = load(grad + c, part), x = load(preact + c, part);
-    const Vec<T> y = activate(activation, x);
+    const Vec<T> y = activate<T>(activation, x);
     const Vec<T> other = glu ? load(preact + n + c, part) : Vec<T>{} + 1;
     if (dgate) store(dgate + c, load(dgate + c, part) + g * (glu ? y * other : y), part);
     const Vec<T> dy = gate ? g * load(gate + c, part) : g;
     // relu selects, as PyTorch does: an infinite grad times 0 would be NaN
-    const Vec<T> dx = activation == Activation::relu ? (x <= 0 ? Vec<T>{} : dy) : dy * slope(activation, x);
+    const Vec<T> dx =
+        activation == Activation::relu ? (x <= 0 ? Vec<T>{} : dy) : dy * slope<T>(activation, x);
     store(dpreact + c, glu ? dx * other : dx, part);
     if constexpr (glu) store(dpreact + n + c, dy * y, part);
   });

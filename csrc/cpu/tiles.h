@@ -287,6 +287,7 @@ void product_over_rows(const Rows<T>& left, int64_t m, const Rows<T>& right, int
   using A = typename wide<T>::type;
   // a panel, and a task's tiles, stay in a core's second cache
   constexpr int64_t DEPTH = 1024 / sizeof(T), TILES = 8;
+  constexpr int64_t NEAR = 64;  // rows that stay in the first cache while each tile takes its part of them
   const auto& kernels = tile_kernels<T>();
   const int64_t height = kernels.rows, width = kernels.columns, tile = height * width;
   const int64_t tiles = parts(m, height), panels = parts(n, width);
@@ -321,9 +322,10 @@ void product_over_rows(const Rows<T>& left, int64_t m, const Rows<T>& right, int
       std::fill_n(own.at, height, Sums<T>::zeros);
       for (int64_t task; (task = take()) >= 0;) {
         const int64_t begin = task * TILES, end_ = std::min(begin + TILES, tiles);
-        for (int64_t t = begin; t < end_; ++t)
-          kernels.pack_left(packed.row(t - begin), a.data(), t * height, depth,
-                            std::min(height, m - t * height));
+        for (int64_t i = 0; i < depth; i += NEAR)
+          for (int64_t t = begin; t < end_; ++t)
+            kernels.pack_left(packed.row(t - begin) + i * height, a.data() + i, t * height,
+                              std::min(NEAR, depth - i), std::min(height, m - t * height));
         for (int64_t p = 0; p < panels; ++p)
           for (int64_t t = begin; t < end_; ++t) {
             A* const sums = once ? own.of : c.row(t * panels + p);

@@ -64,7 +64,17 @@ void pack(To* to, const T* const* from, int64_t first, int64_t depth, int64_t co
 
 template <class T>
 void pack_left(T* to, const T* const* from, int64_t first, int64_t depth, int64_t count) {
-  pack<T, T, ROWS>(to, from, first, depth, count, [](T x) { return x; });
+  int64_t k = 0;
+#ifdef __AVX512BF16__
+  if constexpr (PAIRS<T>)  // the compiler would move one element at a time
+    for (; count == ROWS && k + 2 <= depth; k += 2, to += 2 * ROWS) {
+      const __m128i a = _mm_maskz_loadu_epi16((1 << ROWS) - 1, from[k] + first);
+      const __m128i b = _mm_maskz_loadu_epi16((1 << ROWS) - 1, from[k + 1] + first);
+      _mm_storeu_si128((__m128i*)to, _mm_unpacklo_epi16(a, b));
+      _mm_storel_epi64((__m128i*)(to + 8), _mm_unpackhi_epi16(a, b));
+    }
+#endif
+  pack<T, T, ROWS>(to, from + k, first, depth - k, count, [](T x) { return x; });
 }
 
 template <class T>

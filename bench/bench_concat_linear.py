@@ -29,6 +29,7 @@ MIXES = {
         (32, 1, 128),
     ),  # an image's patches and two vectors for each sample
     "dense": ((32, 196, 768), (32, 196, 512), (32, 196, 128)),
+    "late": ((32, 768), (32, 512), (32, 128)),  # a vector of each modality for each sample
 }
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 REQUIRED = {  # DESIGN section 4, by mix and by whether the backward is in it
@@ -46,7 +47,7 @@ def works(device: str | None = None) -> list[Work]:
     for dtype, (mix, activation, absent), backward in itertools.product(
         (torch.float32, torch.bfloat16),
         (("pooled", "relu", 0.0), ("pooled", "gelu", 0.0), ("dense", "relu", 0.0),
-         ("pooled", "relu", 0.5), ("dense", "relu", 0.5)),
+         ("pooled", "relu", 0.5), ("dense", "relu", 0.5), ("late", "relu", 0.0)),
         (False, True),
     ):  # fmt: skip
         name = (
@@ -55,7 +56,7 @@ def works(device: str | None = None) -> list[Work]:
         variants, reference = _variants(activation, device), functools.partial(_reference, activation)
         if backward:
             variants = {name: forward_backward(call) for name, call in variants.items()}
-        weighed = activation == "relu" and dtype == torch.float32 and not absent
+        weighed = mix != "late" and activation == "relu" and dtype == torch.float32 and not absent
         made.append(
             Work(
                 name=name,
@@ -67,7 +68,7 @@ def works(device: str | None = None) -> list[Work]:
                 flops=sum(math.prod(s) * OUT * 2.0 for s in MIXES[mix])
                 * (1 - absent)
                 * (3 if backward else 1),
-                required={} if absent else REQUIRED[mix, backward],
+                required={} if absent else REQUIRED.get((mix, backward), {}),
                 weigh=functools.partial(peak_bytes, held, name, device=device) if weighed else None,
             )
         )

@@ -134,8 +134,8 @@ struct Order {
   template <class T>
   Order(int64_t count, const std::vector<Term<T>>& terms, int64_t tile) {
     rows.reserve(count);
-    std::map<std::vector<bool>, std::vector<int64_t>>
-        others;  // rows that lack a term, by the terms they have
+    // rows that lack a term, by the terms they have
+    std::map<std::vector<bool>, std::vector<int64_t>> others;
     for (int64_t r = 0; r < count; ++r) {
       const auto there = [r](const Term<T>& t) { return t.left[r] != nullptr; };
       if (std::all_of(terms.begin(), terms.end(), there)) {
@@ -163,23 +163,23 @@ template <class T>
 class Panels {
  public:
   Panels(const std::vector<Term<T>>& terms, int64_t sums, int64_t group, bool in_place)
-      : terms_(terms), sums_(sums), in_place_(in_place), packed_(group * terms.size() * sums) {}
+      : terms_(terms), sums_(sums), in_place_(in_place), packed_(group * terms.size() * sums) {
+    for (const auto& t : terms) bytes_ += group * sums * t.right[0].packed_bytes();
+  }
 
   void go_to(int64_t first, int64_t end) {
     if (first == first_) return;
     first_ = first;
-    int64_t bytes = 0;
-    for (const auto& t : terms_) bytes += sums_ * t.right[0].packed_bytes();
     char* to = memory_ ? memory_->data() : nullptr;
     auto next = packed_.begin();
     for (int64_t p = first; p < end; ++p)
       for (const auto& t : terms_)
         for (const auto& right : t.right) {
-          *next++ = nullptr;
+          const char*& packed = *next++ = nullptr;
           if (in_place_ && right.readable(p)) continue;
-          if (!to) to = memory_.emplace(packed_.size() / (terms_.size() * sums_), bytes).data();
+          if (!to) to = memory_.emplace(1, bytes_).data();
           right.pack(to, p);
-          next[-1] = to;
+          packed = to;
           to += right.packed_bytes();
         }
   }
@@ -190,7 +190,7 @@ class Panels {
 
  private:
   const std::vector<Term<T>>& terms_;
-  int64_t sums_, first_ = -1;
+  int64_t sums_, bytes_ = 0, first_ = -1;
   bool in_place_;
   std::vector<const char*> packed_;
   std::optional<Buffer<char>> memory_;
@@ -226,7 +226,7 @@ void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vec
   }
   const int64_t group = rows > 512 ? 4 : 1;  // panels of a task: those after the first find its rows near
   const int64_t panels = parts(columns, width), blocks = parts(order.tiles.size(), TILES);
-  const int64_t cost = std::clamp(rows, MEMORY, TILES * height) * group * width * depth;
+  const int64_t cost = std::clamp(rows, MEMORY, TILES * height) * group * width * (depth + MEMORY);
 
   take_turns(parts(panels, group), blocks, cost, [&](auto take) {
     Panels<T> right(terms, sums, group, rows <= FEW);

@@ -99,6 +99,17 @@ def test_long_sums_are_as_exact(isa):
     check(on("cpu"), reference.concat_linear, example(((3, 700, 4100), (3, 1, 900)), 70), torch.float32)
 
 
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 8, 40, 140, 530])
+def test_few_rows_and_many_are_as_exact(isa, dtype, rows):
+    """Few rows are multiplied by a weight that is read in place, more by packed panels, one or four at a time."""
+    depth = 450 if dtype == torch.float64 else 1700  # the reference's own float64 sums lose more than we may
+    for options in ({}, OPTIONS["everything"] | {"gate": 150}):
+        arguments = example(((rows, depth), (rows, 70)), 150, activation="gelu", seed=rows, **options)
+        check(on("cpu"), reference.concat_linear, arguments, dtype)
+
+
 def test_a_mean_far_from_zero_does_not_cost_the_norm_its_digits():
     arguments = example(((4, 40, 64), (4, 1, 32), (1, 40, 16)), present=True, norm=True)
     with torch.no_grad():

@@ -1,7 +1,5 @@
 """The ten promises of DESIGN for concat_linear, on every backend that is there, eager and compiled."""
 
-import shutil
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,7 +86,7 @@ def test_compiled_it_is_as_exact(name, activation):
     check(compiled(on(name)), reference.concat_linear, arguments, torch.float32)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.inductor
 def test_inductor_compiles_it_too():
     function = compiled(lambda **a: concat_linear(**a).sin(), backend="inductor")
     everything = example(activation="gelu", **OPTIONS["everything"])

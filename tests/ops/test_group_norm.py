@@ -139,6 +139,7 @@ def test_compiled_it_is_as_exact_and_dynamic(name, layout):
     )
 
 
+@pytest.mark.inductor
 def test_inductor_compiles_it_too():
     everything = example(**OPTIONS["everything"])
     function = compiled(lambda **a: group_norm(**a).sin(), backend="inductor")

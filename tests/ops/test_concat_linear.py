@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from check import backends, cast, check, compiled, dtypes, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mmfast.ops import backend, concat_linear, native_calls, reference
 
@@ -322,7 +323,7 @@ def test_autocast_casts_what_is_not_float64(name):
 
 
 def test_twenty_shapes_compile_at_most_twice():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     layer = torch.compile(on("cpu" if "cpu" in KERNELS else KERNELS[0]), fullgraph=True, backend=counter)
     for batch in range(2, 22):

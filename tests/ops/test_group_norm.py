@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from check import assert_promised, backends, cast, check, compiled, dtypes, isas, run
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mmfast import _native
 from mmfast.ops import backend, group_norm, native_calls, reference
@@ -147,7 +148,7 @@ def test_inductor_compiles_it_too():
 
 
 def test_twenty_shapes_compile_at_most_twice():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     function = torch.compile(on("cpu" if "cpu" in KERNELS else "reference"), fullgraph=True, backend=counter)
     for size in range(2, 22):

@@ -185,6 +185,11 @@ def forward_backward(call: Call) -> Call:
     return run
 
 
+def spare_kink(grad: Tensor, preact: Tensor) -> Tensor:
+    """``grad``, 0 near the kink of relu(preact), where a rounding decides whether a gradient passes."""
+    return grad.masked_fill(preact.detach().abs() < 0.05, 0.0)
+
+
 def _wants_grad(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.requires_grad
 

@@ -71,6 +71,18 @@ void fetch_to_write(const T* to, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(to + i, 1);
 }
 
+// Packed elements of a line of k: whole groups of them.
+template <class T>
+int64_t whole_groups(int64_t depth) {
+  const int64_t group = tile_kernels<T>().group;
+  return parts(depth, group) * group;
+}
+
+template <class T>
+int64_t panel_bytes(int64_t depth) {
+  return whole_groups<T>(depth) * tile_kernels<T>().columns * tile_kernels<T>().bytes;
+}
+
 // The right-hand side of products, [depth, columns], in panels as wide as a tile.
 template <class T, class A = typename wide<T>::type>
 struct Right {
@@ -89,10 +101,7 @@ struct Right {
 
   static int64_t width() { return tile_kernels<T>().columns; }
   int64_t used(int64_t p) const { return std::min(width(), columns - p * width()); }
-  int64_t packed_bytes() const {  // of a panel
-    const auto& k = tile_kernels<T>();
-    return parts(depth, k.group) * k.group * k.columns * k.bytes;
-  }
+  int64_t packed_bytes() const { return panel_bytes<T>(depth); }
   void pack(char* to, int64_t p) const {
     const auto& k = tile_kernels<T>();
     if (transposed)
@@ -299,8 +308,7 @@ void product_over_rows(const Rows<T>& left, int64_t m, const Rows<T>& right, int
   const bool once = there.size() <= DEPTH;
   const Buffer<A> c(once ? 0 : tiles * panels, tile);
   const Buffer<T> centred(centring ? most : 0, n);
-  const auto bytes = parts(most, kernels.group) * kernels.group * width * kernels.bytes;
-  const Buffer<char> whole(panels, bytes);
+  const Buffer<char> whole(panels, panel_bytes<T>(most));
   size_t first = 0;
   do {
     const int64_t* const k = there.data() + first;
@@ -317,21 +325,21 @@ void product_over_rows(const Rows<T>& left, int64_t m, const Rows<T>& right, int
         kernels.pack_rows(whole.row(p), b.data(), p * width, depth, std::min(width, n - p * width));
     });
     take_turns(parts(tiles, TILES), 1, TILES * tile * panels * std::max(depth, MEMORY), [&](auto take) {
-      const Buffer<T> packed(TILES, parts(depth, kernels.group) * kernels.group * height);
+      const Buffer<T> packed(TILES, whole_groups<T>(depth) * height);
       Sums<T> own;
       std::fill_n(own.at, height, Sums<T>::zeros);
       for (int64_t task; (task = take()) >= 0;) {
-        const int64_t begin = task * TILES, end_ = std::min(begin + TILES, tiles);
+        const int64_t from = task * TILES, until = std::min(from + TILES, tiles);
         for (int64_t i = 0; i < depth; i += NEAR)
-          for (int64_t t = begin; t < end_; ++t)
-            kernels.pack_left(packed.row(t - begin) + i * height, a.data() + i, t * height,
+          for (int64_t t = from; t < until; ++t)
+            kernels.pack_left(packed.row(t - from) + i * height, a.data() + i, t * height,
                               std::min(NEAR, depth - i), std::min(height, m - t * height));
         for (int64_t p = 0; p < panels; ++p)
-          for (int64_t t = begin; t < end_; ++t) {
+          for (int64_t t = from; t < until; ++t) {
             A* const sums = once ? own.of : c.row(t * panels + p);
             const T* rows[TileKernels<T>::MOST_ROWS];
             for (int64_t i = 0; i < height; ++i) {
-              rows[i] = packed.row(t - begin) + i * kernels.group;
+              rows[i] = packed.row(t - from) + i * kernels.group;
               if (!begins) own.at[i] = sums + i * width;
             }
             kernels.multiply(sums, own.at, rows, height * kernels.group, whole.row(p), depth);

@@ -191,7 +191,7 @@ def concat_linear(
     inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, present: Tensor | None,
     norm_eps: float | None, norm_weight: Tensor | None, norm_bias: Tensor | None, activation: str,
     residual: Tensor | None, gate: Tensor | None, save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> list[Tensor]:  # fmt: skip
     """Launches the forward; arguments and results are those of ``torch.ops.mmfast.concat_linear``.
 
     Copied first: a tensor whose last dimension is not dense, and all of them where their leading dimensions
@@ -201,10 +201,13 @@ def concat_linear(
     rows, height = lead.numel(), weight.shape[0]
     width = height // 2 if activation == "swiglu" else height
     out = weight.new_empty(*lead, width)
-    preact = weight.new_empty((*lead, height) if save else 0)
-    mean, rstd = (weight.new_empty(0 if norm_eps is None else lead, dtype=torch.float32) for _ in range(2))
+    preact = weight.new_empty(*lead, height) if save else None
+    mean = rstd = None
+    if norm_eps is not None:
+        mean, rstd = (weight.new_empty(lead, dtype=torch.float32) for _ in range(2))
+    made = [t for t in (out, preact, mean, rstd) if t is not None]
     if out.numel() == 0:
-        return out, preact, mean, rstd
+        return made
 
     weight, columns = dense(weight), columns_of(inputs)
     flags = presence(present, rows)
@@ -231,7 +234,7 @@ def concat_linear(
                 *sizes[1:], flags[2], BLOCK_M=16, BLOCK_K=128,
             )  # fmt: skip
         _run(
-            out, preact if save else None, sources, pooled_sources, weight, bias, flags, norm,
+            out, preact, sources, pooled_sources, weight, bias, flags, norm,
             Source(*rows_of[-1]) if added else None, gate, sizes, activation,
         )  # fmt: skip
-    return out, preact, mean, rstd
+    return made

@@ -1,6 +1,7 @@
 """Triton kernels of the backward of ``concat_linear``, and their launcher."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -217,7 +218,7 @@ def norm_backward_kernel(
 def concat_linear_backward(
     grad: Tensor, inputs: Sequence[Tensor], weight: Tensor, present: Tensor | None, norm_eps: float | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None, activation: str, gate: Tensor | None,
-    preact: Tensor, mean: Tensor, rstd: Tensor, needs: Sequence[bool],
+    preact: Tensor | None, mean: Tensor | None, rstd: Tensor | None, needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Launches the backward; arguments and results are those of ``torch.ops.mmfast.concat_linear_backward``.
 
@@ -231,10 +232,10 @@ def concat_linear_backward(
     shapes = [*(x.shape for x in inputs), weight.shape, (height,), (depth,), (depth,)]
     shapes.append((0,) if gate is None else gate.shape)
     if grad.numel() == 0:
-        return [weight.new_zeros(shape if need else 0) for shape, need in zip(shapes, needs, strict=True)]
+        return [weight.new_zeros(shape) for shape, needed in zip(shapes, needs, strict=True) if needed]
 
-    weight, normed = dense(weight), norm_eps is not None
-    grads = [weight.new_empty(0) for _ in inputs]
+    weight = dense(weight)
+    grads: list[Any] = [None] * len(inputs)
     grad_weight = weight.new_empty(height, depth)
     norm_sums = [weight.new_empty(depth, dtype=torch.float32) for _ in range(2)]
     with on(weight.device):
@@ -242,26 +243,26 @@ def concat_linear_backward(
         grad, grad_bias, grad_gate = _grad_preact(grad, preact, gate, activation, height)  # [rows, O or 2 O]
         for i, (x, columns) in enumerate(zip(inputs, columns_of(inputs), strict=True)):
             block, g, own, seen, norm = weight[:, columns], grad, lead, present, None
-            if normed:
+            if mean is not None and rstd is not None:
                 scale, shift = (None if t is None else t[columns] for t in (norm_weight, norm_bias))
                 norm = mean, rstd, scale, shift, grad_bias
             elif x.shape[:-1].numel() < rows:
                 own = torch.Size((1,) * (len(lead) + 1 - x.ndim)) + x.shape[:-1]
                 g, seen = row_sum(grad, lead, own, present, i)  # [own rows, O]
-            if need_inputs[i] and not normed:
+            if need_inputs[i] and norm is None:
                 grads[i] = _grad_input(g, block, seen, i, x.dtype).view(x.shape)
             if need_columns:
                 sums = _grad_weight(grad_weight[:, columns], g, own, x, block, seen, i, norm)
-                if normed:
+                if norm is not None:
                     norm_sums[0][columns], norm_sums[1][columns] = sums
-        if normed and any(need_inputs):
+        if mean is not None and rstd is not None and any(need_inputs):
             grads = _grad_normed_inputs(grad, inputs, lead, weight, present, mean, rstd, norm_weight)
-    parameters = [t.to(weight.dtype) for t in (grad_weight, grad_bias, *norm_sums, grad_gate)]
-    return [g if need else weight.new_empty(0) for g, need in zip(grads + parameters, needs, strict=True)]
+    grads += [grad_weight, grad_bias, *norm_sums, grad_gate]
+    return [t.to(weight.dtype) for t, needed in zip(grads, needs, strict=True) if needed]
 
 
 def _grad_preact(
-    grad: Tensor, preact: Tensor, gate: Tensor | None, activation: str, height: int
+    grad: Tensor, preact: Tensor | None, gate: Tensor | None, activation: str, height: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient before the activation [rows, O or 2 O], and the gradients of bias and gate in float32."""
     rows, width = grad.shape
@@ -269,7 +270,7 @@ def _grad_preact(
     parts = triton.cdiv(rows, each)
     bias_sum = grad.new_empty(parts, height, dtype=torch.float32)
     gate_sum = grad.new_empty(parts, 0 if gate is None else width, dtype=torch.float32)
-    before = grad.new_empty(rows, height) if preact.numel() else None
+    before = None if preact is None else grad.new_empty(rows, height)
     gate_step = 0 if gate is None or len(gate) == 1 else 1
     grad_preact_kernel[parts, triton.cdiv(width, 64)](
         before, bias_sum, gate_sum, grad, preact, gate, gate_step, rows, each, width,

@@ -6,6 +6,7 @@ left unread. A norm is plain PyTorch for now, and makes a normalised copy of eac
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def concat_linear(
     inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, present: Tensor | None,
     norm_eps: float | None, norm_weight: Tensor | None, norm_bias: Tensor | None, activation: str,
     residual: Tensor | None, gate: Tensor | None, save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> list[Tensor]:  # fmt: skip
     """The forward, for up to 16 sources; arguments and results as of ``torch.ops.mmfast.concat_linear``.
 
     Copied first: sources whose rows ``torch.mm`` cannot walk, and what ``mmfast.kernels._launch.walk`` does.
@@ -39,18 +40,19 @@ def concat_linear(
     height = weight.shape[0]
     width = height // 2 if activation == "swiglu" else height
     out = weight.new_empty(*lead, width)
-    preact = weight.new_empty((*lead, height) if save else 0)
-    mean, rstd = (weight.new_empty(0 if norm_eps is None else lead, dtype=torch.float32) for _ in range(2))
-    if out.numel() == 0:
-        return out, preact, mean, rstd
+    preact = weight.new_empty(*lead, height) if save else None
+    made = [out] if preact is None else [out, preact]
     if norm_eps is not None:
         seen, depth = _selected(inputs, lead, present), max(1, weight.shape[1])
         mean = torch.stack([x.sum(-1) for x in seen]).sum(0) / depth  # [...]
         squares = [(x - mean.unsqueeze(-1)).square().sum(-1) for x in seen]
         rstd = (torch.stack(squares).sum(0) / depth + norm_eps).rsqrt()
+        made += [mean, rstd]
         normalised = _normalised(seen, mean, rstd)
         inputs = [x.to(weight.dtype) for x in _scaled(normalised, norm_weight, norm_bias)]
         present = None
+    if out.numel() == 0:
+        return made
 
     blocks = weight.split([x.shape[-1] for x in inputs], dim=1)
     products = [_product(x, block) for x, block in zip(inputs, blocks, strict=True)]  # [..., O] in float32
@@ -59,16 +61,16 @@ def concat_linear(
     walks = [*sizes, *(step for steps in strides for step in steps)]
     EPILOGUE(
         tensors[: len(products)], list(range(len(products))), walks, _dense(present), _dense(bias),
-        activation, tensors[-1] if added else None, _dense(gate), out, preact if save else None,
+        activation, tensors[-1] if added else None, _dense(gate), out, preact,
     )  # fmt: skip
-    return out, preact, mean, rstd
+    return made
 
 
 @torch.autocast("cuda", enabled=False)
 def concat_linear_backward(
     grad: Tensor, inputs: Sequence[Tensor], weight: Tensor, present: Tensor | None, norm_eps: float | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None, activation: str, gate: Tensor | None,
-    preact: Tensor, mean: Tensor, rstd: Tensor, needs: Sequence[bool],
+    preact: Tensor | None, mean: Tensor | None, rstd: Tensor | None, needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The backward; arguments and results are those of ``torch.ops.mmfast.concat_linear_backward``."""
     lead = lead_of("concat_linear_backward", inputs)
@@ -76,13 +78,14 @@ def concat_linear_backward(
     shapes = [*(x.shape for x in inputs), weight.shape, (height,), (depth,), (depth,)]
     shapes.append((0,) if gate is None else gate.shape)
     if grad.numel() == 0:
-        return [weight.new_zeros(shape if need else 0) for shape, need in zip(shapes, needs, strict=True)]
+        return [weight.new_zeros(shape) for shape, needed in zip(shapes, needs, strict=True) if needed]
 
     g, grad_bias, grad_gate = _before_activation(grad, preact, gate, activation, height)  # [rows, O or 2 O]
     widths = [x.shape[-1] for x in inputs]
     blocks, columns = weight.split(widths, dim=1), weight.new_empty(height, depth)
-    grads, norm_sums = [], [weight.new_empty(0), weight.new_empty(0)]
-    if norm_eps is not None:
+    grads: list[Any] = []
+    norm_sums: list[Any] = [None, None]
+    if mean is not None and rstd is not None:
         x_hats = _normalised(_selected(inputs, lead, present), mean, rstd)
         scaled = _scaled(x_hats, norm_weight, norm_bias)
         for x, column in zip(scaled, columns.split(widths, dim=1), strict=True):
@@ -114,24 +117,23 @@ def concat_linear_backward(
             grads.append(dx.to(dtype).view(inputs[i].shape))
             column = columns.split(widths, dim=1)[i]
             column.copy_(mine.t() @ x.reshape(-1, x.shape[-1]).to(mine.dtype))
-    parameters = [t.to(dtype) for t in (columns, grad_bias, *norm_sums, grad_gate)]
-    return [t if need else weight.new_empty(0) for t, need in zip([*grads, *parameters], needs, strict=True)]
+    grads += [columns, grad_bias, *norm_sums, grad_gate]
+    return [t.to(dtype) for t, needed in zip(grads, needs, strict=True) if needed]
 
 
 def _before_activation(
-    grad: Tensor, preact: Tensor, gate: Tensor | None, activation: str, height: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, preact: Tensor | None, gate: Tensor | None, activation: str, height: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradient before the activation, and those of bias and gate in float32: fixed parts, added in order."""
     width = grad.shape[-1]
     grad = grad.contiguous().view(-1, width)
     each = 64 * -(-grad.shape[0] // (64 * 256))
     parts = -(-grad.shape[0] // each)
-    before = grad.new_empty(grad.shape[0], height) if preact.numel() else None
+    before = None if preact is None else grad.new_empty(grad.shape[0], height)
     bias_sum = grad.new_empty(parts, height, dtype=torch.float32)
     gate_sum = None if gate is None else grad.new_empty(parts, width, dtype=torch.float32)
-    saw = None if before is None else preact
-    EPILOGUE_BACKWARD(grad, saw, _dense(gate), activation, each, before, bias_sum, gate_sum)
-    grad_gate = grad.new_empty(0)
+    EPILOGUE_BACKWARD(grad, preact, _dense(gate), activation, each, before, bias_sum, gate_sum)
+    grad_gate = None
     if gate is not None and gate_sum is not None:
         grad_gate = gate_sum.sum(0) if len(gate) > 1 else gate_sum.sum().view(1)
         grad_gate = grad_gate * (1 - gate.float().tanh() ** 2)

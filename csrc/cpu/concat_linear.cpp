@@ -24,14 +24,17 @@ Tensors forward(const Tensors& inputs, const Tensor& weight, const Maybe& bias_,
     return out;
   };
   const ScalarType type = scalar_type<T>, wide_type = scalar_type<A>;
-  Tensor out = empty(shape(n), type), preact = empty(save ? shape(p.width) : Shape{0}, type);
-  Tensor mean = empty(p.norm ? lead : Shape{0}, wide_type), rstd = empty(p.norm ? lead : Shape{0}, wide_type);
+  Tensors made{empty(shape(n), type)};
+  T* const y = data<T>(made[0]);
+  T* const z = save ? data<T>(made.emplace_back(empty(shape(p.width), type))) : nullptr;
+  A* const m = p.norm ? data<A>(made.emplace_back(empty(lead, wide_type))) : nullptr;
+  A* const v = p.norm ? data<A>(made.emplace_back(empty(lead, wide_type))) : nullptr;
 
   // [width], what every row starts from: bias + W @ norm_bias
   std::vector<A> base(p.width, 0);
   if (bias) p.kernels.accumulate(base.data(), 1, data<T>(*bias), p.width);
   if (p.norm) {
-    p.statistics(*norm_eps, data<A>(mean), data<A>(rstd));
+    p.statistics(*norm_eps, m, v);
     std::vector<Wider<A>> sum(base.begin(), base.end());
     if (p.norm_bias)
       for (const auto& s : p.sources) {
@@ -58,8 +61,6 @@ Tensors forward(const Tensors& inputs, const Tensor& weight, const Maybe& bias_,
     else
       wide_kernels.accumulate(alike->sum.data(), 1, product.data(), s.rows * p.width);
   }
-  const A* const m = data<A>(mean);
-  const A* const v = data<A>(rstd);
 
   std::optional<Source<T>> skip;
   if (residual) skip = source<T>(*residual, 0, p.lead);
@@ -80,7 +81,6 @@ Tensors forward(const Tensors& inputs, const Tensor& weight, const Maybe& bias_,
     for (int64_t q = 0; q < pooled[0].source->rows; ++q)
       wide_kernels.accumulate(pooled[0].sum.row(q), 1, base.data(), p.width);
   const int64_t tile_width = tile_kernels<T>().columns;
-  T *const y = data<T>(out), *const z = data<T>(preact);
   const auto begin = [&](int64_t r, int64_t first, int64_t count, int64_t half, A* c) -> const A* {
     fetch_to_write(y + r * n + first, count);
     first += half * n;
@@ -107,12 +107,10 @@ Tensors forward(const Tensors& inputs, const Tensor& weight, const Maybe& bias_,
                        skip ? skip_rows[skip->row(r)] + first : nullptr, activation, count);
   };
   sum_of_products(p.rows, n, halves, terms, begin, end);
-  return {out, preact, mean, rstd};
+  return made;
 }
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-Outputs concat_linear(Tensors inputs, Tensor weight, Maybe bias, Maybe present,
+Tensors concat_linear(Tensors inputs, Tensor weight, Maybe bias, Maybe present,
                       std::optional<double> norm_eps, Maybe norm_weight, Maybe norm_bias,
                       std::string activation, Maybe residual, Maybe gate, bool save) {
   const auto run = [&](auto zero, auto to) {
@@ -120,25 +118,21 @@ Outputs concat_linear(Tensors inputs, Tensor weight, Maybe bias, Maybe present,
                                    to(norm_bias), activation_of(activation), to(residual), to(gate), save);
   };
   const auto as_is = [](const auto& t) { return t; };
-  Tensors r;
   switch (weight.scalar_type()) {
     case ScalarType::Float:
-      r = run(float{}, as_is);
-      break;
+      return run(float{}, as_is);
     case ScalarType::Double:
-      r = run(double{}, as_is);
-      break;
+      return run(double{}, as_is);
     case ScalarType::BFloat16:
-      r = run(bf16{}, as_is);
-      break;
-    case ScalarType::Half:
-      r = run(float{}, [](const auto& t) { return cast(t, ScalarType::Float); });
-      r[0] = cast(r[0], ScalarType::Half), r[1] = cast(r[1], ScalarType::Half);
-      break;
+      return run(bf16{}, as_is);
+    case ScalarType::Half: {
+      Tensors made = run(float{}, [](const auto& t) { return cast(t, ScalarType::Float); });
+      for (int i = 0; i <= save; ++i) made[i] = cast(made[i], ScalarType::Half);
+      return made;
+    }
     default:
       STD_TORCH_CHECK(false, "concat_linear: weight's dtype is not supported");
   }
-  return {r[0], r[1], r[2], r[3]};
 }
 
 }  // namespace

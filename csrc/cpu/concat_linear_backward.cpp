@@ -46,11 +46,9 @@ struct Backward {
   const Problem<T>& p;
   Matrix<const T> g;  // of the linear part's output [rows, width]
   const A *mean, *rstd;
-  const std::vector<bool>& needs;
-  Tensors& grads;                                    // [*inputs, weight, bias, norm_weight, norm_bias, gate]
+  const std::vector<bool>& needs;                    // [*inputs, weight, bias, norm_weight, norm_bias, gate]
+  const std::vector<T*>& grads;                      // where each that is needed is written
   std::map<Shape, std::vector<A>> shared_sums = {};  // of g, by a source's own leading dimensions
-
-  T* grad(size_t i) const { return data<T>(grads[i]); }
 
   // sum of g over the output rows that read each own row of source i, where it is visible [own rows, width]
   const std::vector<A>& sums(const Source<T>& s) {
@@ -112,7 +110,7 @@ struct Backward {
     const bool any_input = std::find(needs.begin(), needs.begin() + n, true) != needs.begin() + n;
     const bool any_weight = needs[n] || (p.norm && (needs[n + 2] || needs[n + 3]));
     std::optional<Buffer<T>> unwanted;  // the weight's gradient, where only the norm's parameters need it
-    T* const dweight = needs[n] || !any_weight ? grad(n) : unwanted.emplace(p.width, p.depth).data();
+    T* const dweight = needs[n] || !any_weight ? grads[n] : unwanted.emplace(p.width, p.depth).data();
 
     std::vector<std::optional<Buffer<T>>> pooled(n);  // sums of g [own rows, width]
     std::vector<Rows<T>> x(n), rows(n);               // of each source, and of g at its own size
@@ -126,11 +124,11 @@ struct Backward {
       }
       rows[i] = row_pointers(s.full ? g : Matrix<const T>{pooled[i]->data(), s.rows, p.width, p.width});
       if (any_weight) weight_product(i, x[i], rows[i], dweight);
-      if (needs[i] && !p.norm) input_product(s, x[i], rows[i], grad(i));
+      if (needs[i] && !p.norm) input_product(s, x[i], rows[i], grads[i]);
     }
     std::vector<A> dbias;
     if (needs[n + 1] || (p.norm && any_weight)) dbias = total();
-    if (needs[n + 1]) p.kernels.narrow(grad(n + 1), dbias.data(), p.width);
+    if (needs[n + 1]) p.kernels.narrow(grads[n + 1], dbias.data(), p.width);
     if (p.norm && any_weight) finish_weight(dweight, dbias);
     if (p.norm && any_input) norm_inputs(x, rows);
   }
@@ -153,8 +151,8 @@ struct Backward {
         p.kernels.accumulate(&dnorm_bias[s.column], dbias[o], w, s.depth);
       }
     }
-    if (needs[n + 2]) p.kernels.narrow(grad(n + 2), dnorm_weight.data(), p.depth);
-    if (needs[n + 3]) p.kernels.narrow(grad(n + 3), dnorm_bias.data(), p.depth);
+    if (needs[n + 2]) p.kernels.narrow(grads[n + 2], dnorm_weight.data(), p.depth);
+    if (needs[n + 3]) p.kernels.narrow(grads[n + 3], dnorm_bias.data(), p.depth);
   }
 
   // With dy = g @ W and d = dy norm_weight: dx = rstd (d - avg(d) - x^ avg(d x^)), averages over the
@@ -167,7 +165,7 @@ struct Backward {
     for (size_t i = 0; i < n; ++i) {
       const auto& s = p.sources[i];
       if (s.full || needs[i]) {
-        dx[i] = needs[i] ? grad(i) : unwanted[i].emplace(s.rows, s.depth).data();
+        dx[i] = needs[i] ? grads[i] : unwanted[i].emplace(s.rows, s.depth).data();
         input_product(s, x[i], rows[i], dx[i]);
       }
       const std::optional<Buffer<A>> projected = s.full ? std::nullopt : std::optional(p.pooled_product(i));
@@ -215,27 +213,29 @@ struct Backward {
 template <class T>
 Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensor& weight, const Maybe& present,
                  std::optional<double> norm_eps, const Maybe& norm_weight, const Maybe& norm_bias,
-                 Activation activation, const Maybe& gate_, const Tensor& preact, const Tensor& mean,
-                 const Tensor& rstd, const std::vector<bool>& needs) {
+                 Activation activation, const Maybe& gate_, const Maybe& preact, const Maybe& mean,
+                 const Maybe& rstd, const std::vector<bool>& needs) {
   using A = typename wide<T>::type;
   const Problem<T> p(inputs, weight, present, norm_eps.has_value(), norm_weight, norm_bias);
   const size_t n = inputs.size();
   const int64_t width = p.width, out_width = activation == Activation::swiglu ? width / 2 : width;
-  Tensors grads;
+  Tensors made;
+  std::vector<T*> grads(needs.size());
   for (size_t i = 0; i < needs.size(); ++i) {
+    if (!needs[i]) continue;
     Shape shape{p.depth};  // norm_weight, norm_bias
     const auto like = [&](const Tensor& t) { shape.assign(t.sizes().begin(), t.sizes().end()); };
     if (i < n) like(inputs[i]);
     if (i == n) like(weight);
     if (i == n + 1) shape = {width};
-    if (i == n + 4 && gate_) like(*gate_);
-    grads.push_back(empty(needs[i] ? shape : Shape{0}, scalar_type<T>));
+    if (i == n + 4) like(*gate_);
+    grads[i] = data<T>(made.emplace_back(empty(shape, scalar_type<T>)));
   }
 
-  const Tensor grad = torch::stable::contiguous(grad_);
+  const Tensor grad = grad_.is_contiguous() ? grad_ : torch::stable::contiguous(grad_);
   std::optional<Buffer<T>> dz;
   const T* g = data<T>(grad);
-  if (preact.numel() > 0 && (activation != Activation::none || gate_)) {
+  if (preact) {
     constexpr int64_t PART = 64;
     const std::vector<A> gate = tanh_of<A, T>(gate_, out_width);
     const int64_t parts = needs[n + 4] ? (p.rows + PART - 1) / PART : 0;
@@ -244,7 +244,7 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensor& weigh
     parallel_rows((p.rows + PART - 1) / PART, PART * width, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin * PART; r < std::min(end * PART, p.rows); ++r)
         p.kernels.epilogue_backward(dz->row(r), parts ? &partial[r / PART * out_width] : nullptr,
-                                    data<T>(grad) + r * out_width, data<T>(preact) + r * width,
+                                    data<T>(grad) + r * out_width, data<T>(*preact) + r * width,
                                     gate.empty() ? nullptr : gate.data(), activation, out_width);
     });
     if (needs[n + 4]) {
@@ -253,18 +253,16 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensor& weigh
       for (int64_t o = 0; o < out_width; ++o) dgate[o] *= 1 - gate[o] * gate[o];
       if (gate_->numel() == 1)
         for (int64_t o = 1; o < out_width; ++o) dgate[0] += dgate[o];
-      p.kernels.narrow(data<T>(grads[n + 4]), dgate.data(), gate_->numel());
+      p.kernels.narrow(grads[n + 4], dgate.data(), gate_->numel());
     }
-  } else if (needs[n + 4]) {
-    torch::stable::zero_(grads[n + 4]);
   }
   Backward<T>{p, {g, p.rows, width, width}, data<A>(mean), data<A>(rstd), needs, grads}.run();
-  return grads;
+  return made;
 }
 
 Tensors concat_linear_backward(Tensor grad, Tensors inputs, Tensor weight, Maybe present,
                                std::optional<double> norm_eps, Maybe norm_weight, Maybe norm_bias,
-                               std::string activation, Maybe gate, Tensor preact, Tensor mean, Tensor rstd,
+                               std::string activation, Maybe gate, Maybe preact, Maybe mean, Maybe rstd,
                                std::vector<bool> needs) {
   const auto run = [&](auto zero, auto to) {
     return backward<decltype(zero)>(to(grad), to(inputs), to(weight), present, norm_eps, to(norm_weight),

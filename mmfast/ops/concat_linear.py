@@ -80,10 +80,9 @@ def concat_linear(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         out: Tensor = _ConcatLinear.apply(backend, norm_eps, activation, present, *distinct(*tensors))
         return out
-    out, _, _, _ = _FORWARD[backend](
+    return _FORWARD[backend](
         inputs, weight, bias, present, norm_eps, norm_weight, norm_bias, activation, residual, gate, False
-    )
-    return out
+    )[0]
 
 
 class _ConcatLinear(torch.autograd.Function):
@@ -95,10 +94,11 @@ class _ConcatLinear(torch.autograd.Function):
         # where relu comes last, its output shows as well where its input was positive
         relu_last = activation == "relu" and gate is None and residual is None
         save = (activation != "none" or gate is not None) and not relu_last
-        out, preact, mean, rstd = _FORWARD[backend](
+        out, *made = _FORWARD[backend](
             inputs, weight, bias, present, norm_eps, norm_weight, norm_bias, activation, residual, gate, save
         )
-        preact = out if relu_last else preact
+        preact = out if relu_last else made.pop(0) if save else None
+        mean, rstd = made or (None, None)
         ctx.options = backend, norm_eps, activation, None if residual is None else residual.shape
         ctx.save_for_backward(present, weight, norm_weight, norm_bias, gate, preact, mean, rstd, *inputs)
         return out
@@ -110,12 +110,12 @@ class _ConcatLinear(torch.autograd.Function):
         present, weight, norm_weight, norm_bias, gate, preact, mean, rstd, *inputs = ctx.saved_tensors
         need_weight, need_bias, *need_norm, need_residual, need_gate = ctx.needs_input_grad[4:10]
         needs = [*ctx.needs_input_grad[10:], need_weight, need_bias, *need_norm, need_gate]
-        grads = _BACKWARD[backend](
+        grads = iter(_BACKWARD[backend](
             grad, inputs, weight, present, norm_eps, norm_weight, norm_bias, activation, gate,
             preact, mean, rstd, needs,
-        )  # fmt: skip
+        ))  # fmt: skip
         *d_inputs, d_weight, d_bias, d_norm_weight, d_norm_bias, d_gate = [
-            g if needed else None for g, needed in zip(grads, needs, strict=True)
+            next(grads) if needed else None for needed in needs
         ]
         d_residual = grad.sum_to_size(residual_shape) if need_residual else None
         return (
@@ -227,17 +227,16 @@ def _forward_fake(
     residual: Tensor | None,
     gate: Tensor | None,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     lead = torch.broadcast_shapes(*[x.shape[:-1] for x in inputs])
     width = weight.shape[0]
-    moments = lead if norm_eps is not None else (0,)
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return (
-        weight.new_empty(*lead, width // 2 if activation == "swiglu" else width),
-        weight.new_empty((*lead, width) if save else (0,)),
-        weight.new_empty(moments, dtype=wide),
-        weight.new_empty(moments, dtype=wide),
-    )
+    made = [weight.new_empty(*lead, width // 2 if activation == "swiglu" else width)]
+    if save:
+        made.append(weight.new_empty(*lead, width))
+    if norm_eps is not None:
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        made += [weight.new_empty(lead, dtype=wide) for _ in range(2)]
+    return made
 
 
 def _backward_fake(
@@ -250,30 +249,33 @@ def _backward_fake(
     norm_bias: Tensor | None,
     activation: str,
     gate: Tensor | None,
-    preact: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    preact: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor]:
     width, depth = weight.shape
     shapes: list[Any] = [x.shape for x in inputs]
-    shapes += [weight.shape, (width,), (depth,), (depth,), (0,) if gate is None else gate.shape]
-    return [weight.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
+    shapes += [weight.shape, (width,), (depth,), (depth,), () if gate is None else gate.shape]
+    return [weight.new_empty(shape) for shape, needed in zip(shapes, needs, strict=True) if needed]
 
 
+# The forward makes the output, what came before gate and activation if `save`, and under a norm each row's
+# mean and 1 / standard deviation. The backward makes the gradients that `needs` asks for, in the order
+# *inputs, weight, bias, norm_weight, norm_bias, gate.
 _FORWARD = define(
     "concat_linear",
     "concat_linear",
     "(Tensor[] inputs, Tensor weight, Tensor? bias, Tensor? present, float? norm_eps, Tensor? norm_weight, "
     "Tensor? norm_bias, str activation, Tensor? residual, Tensor? gate, bool save) "
-    "-> (Tensor out, Tensor preact, Tensor mean, Tensor rstd)",
+    "-> Tensor[]",
     _forward_fake,
 )
 _BACKWARD = define(
     "concat_linear",
     "concat_linear_backward",
     "(Tensor grad, Tensor[] inputs, Tensor weight, Tensor? present, float? norm_eps, Tensor? norm_weight, "
-    "Tensor? norm_bias, str activation, Tensor? gate, Tensor preact, Tensor mean, Tensor rstd, bool[] needs) "
-    "-> Tensor[]",
+    "Tensor? norm_bias, str activation, Tensor? gate, Tensor? preact, Tensor? mean, Tensor? rstd, "
+    "bool[] needs) -> Tensor[]",
     _backward_fake,
 )

@@ -246,13 +246,13 @@ def test_opcheck(name):
             a.get("gate"), True,
         )  # fmt: skip
         torch.library.opcheck(getattr(torch.ops.mmfast.concat_linear, name), forward)
-        out, *saved = getattr(torch.ops.mmfast.concat_linear, name)(*forward)
+        out, preact, *moments = getattr(torch.ops.mmfast.concat_linear, name)(*forward)
         for needs in ([True] * 8, [False, True, False, True, False, True, False, False]):
             if "gate" not in a:
                 needs = [*needs[:5], False, False, False]
             backward = (
                 torch.randn_like(out), a["inputs"], a["weight"], a.get("present"), *norm, a["activation"],
-                a.get("gate"), *saved, needs,
+                a.get("gate"), preact, *(moments or (None, None)), needs,
             )  # fmt: skip
             torch.library.opcheck(getattr(torch.ops.mmfast.concat_linear_backward, name), backward)
 

@@ -175,10 +175,14 @@ Tensors backward(const Tensor& grad_, const Tensor& input, int64_t groups, const
   const int64_t B = layout.batch, C = layout.channels, size = layout.sample(), width = C / groups;
   const Tensor grad = layout.match(grad_);
   const Maybe out = relu ? Maybe(layout.match(out_)) : std::nullopt;
-  const auto empty_if = [&](bool needed) {
-    return needed ? layout.empty(scalar_type<T>) : empty({0}, scalar_type<T>);
-  };
-  const Tensor dx = empty_if(needs[0]), dresidual = empty_if(needs[3]);
+  Tensors made;
+  T* grads[4] = {};  // of input, weight, bias and residual: where each that is needed is written
+  for (int i = 0; i < 4; ++i) {
+    if (!needs[i]) continue;
+    const bool as_input = i == 0 || i == 3;
+    made.push_back(as_input ? layout.empty(scalar_type<T>) : empty({C}, scalar_type<T>));
+    grads[i] = data<T>(made.back());
+  }
   const std::vector<A> w = widened<T>(weight, C, 1);
   std::vector<A> dweights(B * C), dbiases(B * C);  // of each sample
   const auto& kernels = norm_kernels<T>();
@@ -219,24 +223,22 @@ Tensors backward(const Tensor& grad_, const Tensor& input, int64_t groups, const
         }
       }
       layout.each_part([&](const Part& p) {
-        kernels.backward(at(needs[0] ? data<T>(dx) : nullptr, p),
-                         at(needs[3] ? data<T>(dresidual) : nullptr, p), dy + p.offset,
-                         y ? y + p.offset : nullptr, x + p.offset, centre.of(p), scale.of(p), slope.of(p),
-                         offset.of(p), p.rows, p.columns);
+        kernels.backward(at(grads[0], p), at(grads[3], p), dy + p.offset, y ? y + p.offset : nullptr,
+                         x + p.offset, centre.of(p), scale.of(p), slope.of(p), offset.of(p), p.rows,
+                         p.columns);
       });
     }
   });
 
-  const auto over_samples = [&](const std::vector<A>& x, bool needed) {  // in order: the same bits every time
-    Tensor total = empty({needed ? C : 0}, scalar_type<T>);
-    if (!needed) return total;
+  const auto over_samples = [&](T* total, const std::vector<A>& x) {  // in order: the same bits every time
     std::vector<A> sum(C, 0);
     for (int64_t s = 0; s < B; ++s)
       for (int64_t c = 0; c < C; ++c) sum[c] += x[s * C + c];
-    row_kernels<T>().narrow(data<T>(total), sum.data(), C);
-    return total;
+    row_kernels<T>().narrow(total, sum.data(), C);
   };
-  return {dx, over_samples(dweights, needs[1]), over_samples(dbiases, needs[2]), dresidual};
+  if (needs[1]) over_samples(grads[1], dweights);
+  if (needs[2]) over_samples(grads[2], dbiases);
+  return made;
 }
 
 template <class F>

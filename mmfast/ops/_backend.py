@@ -60,7 +60,7 @@ def _launcher(module: str, name: str, backend: str) -> Callable[..., Any]:
 def autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors as autocast wants them: floating ones but float64 in its dtype, where it is on."""
     tensors = (first, *others)
-    device = first.device.type
+    device = "cpu" if first.is_cpu else first.device.type  # reading .type takes as long as a small op
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -82,6 +82,19 @@ def distinct(*tensors: Tensor | None) -> Sequence[Tensor | None]:
         again = t is not None and any(t is seen for seen in out)
         out.append(t.view_as(t) if again and t is not None else t)
     return out
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """As PyTorch's, which costs a small op's time, but where no graph of the backward is recorded it is not
+    entered.
+    """
+    recorded = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx: Any, grad: Tensor) -> Any:
+        return recorded(ctx, grad) if torch.is_grad_enabled() else backward(ctx, grad)
+
+    return run
 
 
 @contextlib.contextmanager
@@ -108,7 +121,7 @@ def choose(op: str, device: torch.device) -> str:
         ValueError: the forced backend cannot run there; the message says why.
     """
     if _forced is None:
-        return _automatic(op, device.type, device.index)
+        return _automatic(op, device)
     _require(op, device.type, _forced)
     return _forced
 
@@ -131,14 +144,14 @@ def native_calls(name: str) -> int:
 
 # A graph is compiled for one backend, and the table does not change while a process runs.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _automatic(op: str, device_type: str, index: int | None) -> str:
-    return _from_table(op, device_type, index)
+def _automatic(op: str, device: torch.device) -> str:
+    return _from_table(op, device)
 
 
 @functools.cache
-def _from_table(op: str, device_type: str, index: int | None) -> str:
-    name: str = measured(op, torch.device(device_type, index or 0)).get("backend", "reference")
-    return name if _state(op, device_type, name) == READY else "reference"
+def _from_table(op: str, device: torch.device) -> str:
+    name: str = measured(op, device).get("backend", "reference")
+    return name if _state(op, device.type, name) == READY else "reference"
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

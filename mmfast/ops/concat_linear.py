@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mmfast.ops import reference
-from mmfast.ops._backend import autocast, choose, define, distinct
+from mmfast.ops._backend import autocast, choose, define, distinct, once_differentiable
 
 ACTIVATIONS = ("none", "relu", "gelu", "silu", "swiglu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -104,7 +104,7 @@ class _ConcatLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         backend, norm_eps, activation, residual_shape = ctx.options
         present, weight, norm_weight, norm_bias, gate, preact, mean, rstd, *inputs = ctx.saved_tensors
@@ -169,7 +169,8 @@ def _check(
     if weight.dim() != 2:
         raise _wrong("weight", weight.shape, "[O, sum of the inputs' last dimensions]")
     width, depth = weight.shape
-    depths = [x.shape[-1] for x in inputs]
+    shapes = [x.shape for x in inputs]
+    depths = [shape[-1] for shape in shapes]
     if depth != sum(depths):
         parts = " + ".join(map(str, depths))
         raise _wrong("weight", weight.shape, f"{sum(depths)} columns, the inputs' features being {parts}")
@@ -187,14 +188,14 @@ def _check(
     if gate is not None and gate.shape != (1,) and gate.shape != (out,):
         raise _wrong("gate", gate.shape, f"[1] or [{out}]")
 
-    lead = inputs[0].shape[:-1]
-    for i, x in enumerate(inputs):
-        if x.shape[:-1] != lead:
-            together = _broadcast(lead, x.shape[:-1])
+    lead = shapes[0][:-1]
+    for i, shape in enumerate(shapes):
+        if shape[:-1] != lead:
+            together = _broadcast(lead, shape[:-1])
             if together is None:
-                before = ", ".join(str(list(y.shape)) for y in inputs[:i])
+                before = ", ".join(str(list(other)) for other in shapes[:i])
                 raise _wrong(
-                    f"inputs[{i}]", x.shape, f"leading dimensions that broadcast with those of {before}"
+                    f"inputs[{i}]", shape, f"leading dimensions that broadcast with those of {before}"
                 )
             lead = together
     if present is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmfast.ops import reference
-from mmfast.ops._backend import autocast, choose, define, distinct
+from mmfast.ops._backend import autocast, choose, define, distinct, once_differentiable
 
 ACTIVATIONS = ("none", "relu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -79,16 +79,14 @@ class _GroupNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         backend, num_groups, activation = ctx.options
         input, weight, out, mean, rstd = ctx.saved_tensors
         *affine, need_residual = ctx.needs_input_grad[4:]
         needs = [*affine, need_residual and activation != "none"]
-        grads = _BACKWARD[backend](grad, input, num_groups, weight, activation, out, mean, rstd, needs)
-        d_input, d_weight, d_bias, d_residual = [
-            g if needed else None for g, needed in zip(grads, needs, strict=True)
-        ]
+        grads = iter(_BACKWARD[backend](grad, input, num_groups, weight, activation, out, mean, rstd, needs))
+        d_input, d_weight, d_bias, d_residual = [next(grads) if needed else None for needed in needs]
         if need_residual and activation == "none":
             d_residual = grad
         return None, None, None, None, d_input, d_weight, d_bias, d_residual
@@ -157,16 +155,14 @@ def _backward_fake(
     rstd: Tensor,
     needs: list[bool],
 ) -> list[Tensor]:
-    def like(needed: bool) -> Tensor:
-        return input.new_empty_strided(input.shape, input.stride()) if needed else input.new_empty(0)
-
-    channels = [input.new_empty(input.shape[1] if needed else 0) for needed in needs[1:3]]
-    return [like(needs[0]), *channels, like(needs[3])]
+    like, channels = (input.shape, input.stride()), ((input.shape[1],), (1,))
+    each = (like, channels, channels, like)
+    return [input.new_empty_strided(*one) for one, needed in zip(each, needs, strict=True) if needed]
 
 
 # `input` is contiguous or channels_last, and so are, alike, the outputs of its shape. The backward's `out` is
-# looked at for relu only; `needs` and its results are in the order input, weight, bias, residual, an unneeded
-# one empty.
+# looked at for relu only; it makes the gradients that `needs` asks for, in the order input, weight, bias,
+# residual.
 _FORWARD = define(
     "group_norm",
     "group_norm",

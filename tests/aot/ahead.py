@@ -88,11 +88,14 @@ def cases(dtype):
         eps, scale, shift = (1e-5, *torch.empty(2, depth, dtype=dtype)) if norm else (None,) * 3
         gate = None if activation == "none" else torch.empty(width, dtype=dtype)
         residual = torch.empty(*lead, width, dtype=dtype)
-        out, *saved = concat_linear(
+        out, preact, *moments = concat_linear(
             inputs, weight, bias, seen, eps, scale, shift, activation, residual, gate, True
         )
         needs = [True] * len(inputs) + [True, True, norm, norm, gate is not None]
-        concat_linear_backward(out, inputs, weight, seen, eps, scale, shift, activation, gate, *saved, needs)
+        mean, rstd = moments or (None, None)
+        concat_linear_backward(
+            out, inputs, weight, seen, eps, scale, shift, activation, gate, preact, mean, rstd, needs
+        )
 
     mixed = [(32, 196, 768), (32, 1, 512), (32, 1, 128)]
     yield "pooled swiglu present", lambda: launch(mixed, 768, "swiglu", True, False)

@@ -254,7 +254,7 @@ __attribute__((always_inline)) inline void products(Vec<T> (&sum)[R][VECTORS], c
       if constexpr (__is_same(P, Whole))
         return (__m512bh)bits<Float>(x + k, 2 * lanes<T>);
       else
-        return (__m512bh)bits<Float>(x + k, part.count);
+        return (__m512bh)head<Float>(x + k, part.count);
     };
     __m512bh b[VECTORS];
 #pragma GCC unroll 4

@@ -375,11 +375,14 @@ print("ready", flush=True)
 def test_ctrl_c_and_the_end_of_the_program_do_not_hang(folder, decoder, rest):
     script = SCRIPT.format(here=os.path.dirname(__file__), folder=str(folder), decoder=decoder, rest=rest)
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout.readline() == b"ready\n"
-    if rest:
-        time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    try:
+        assert process.stdout.readline() == b"ready\n"
+        if rest:
+            time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()  # one that did hang would take a core from all that follows
     assert process.returncode == (-signal.SIGINT if rest else 0), said.decode()
 
 

@@ -3,6 +3,17 @@
 from mmfast.ops import reference
 from mmfast.ops._backend import available, backend, native_calls
 from mmfast.ops.concat_linear import concat_linear
+from mmfast.ops.cross_attention import cross_attention
 from mmfast.ops.group_norm import group_norm
+from mmfast.ops.reference import AttentionStats
 
-__all__ = ["available", "backend", "concat_linear", "group_norm", "native_calls", "reference"]
+__all__ = [
+    "AttentionStats",
+    "available",
+    "backend",
+    "concat_linear",
+    "cross_attention",
+    "group_norm",
+    "native_calls",
+    "reference",
+]

@@ -1,6 +1,7 @@
 """The definition of every op in plain PyTorch. Every backend is tested against these, in float64."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,93 @@ def concat_linear(
     if gate is not None:
         x = torch.tanh(gate) * x
     return x if residual is None else residual + x
+
+
+class AttentionStats(NamedTuple):
+    """What ``cross_attention`` knows about its softmax."""
+
+    lse: Tensor  # [B, H, L] the logarithm of the sum of exp(logit); -inf where a query sees nothing
+    mass: Tensor  # [B, H, L, n] how much of a query's attention each source got; has no gradient
+
+
+def cross_attention(
+    query: Tensor,
+    sources: Sequence[tuple[Tensor, Tensor]],
+    *,
+    lengths: Sequence[Tensor | None] | None = None,
+    masks: Sequence[Tensor | None] | None = None,
+    present: Tensor | None = None,
+    causal: bool | Sequence[bool] = False,
+    source_bias: Tensor | None = None,
+    scale: float | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, AttentionStats]:
+    """One softmax over the keys of all sources; see ``mmfast.ops``."""
+    n, heads = len(sources), query.shape[1]
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    sizes = [key.shape[2] for key, _ in sources]
+    key = torch.cat([key.repeat_interleave(heads // key.shape[1], 1) for key, _ in sources], 2)
+    value = torch.cat([value.repeat_interleave(heads // value.shape[1], 1) for _, value in sources], 2)
+    visible = [
+        _visible(
+            query,
+            size,
+            lengths[i] if lengths else None,
+            masks[i] if masks else None,
+            None if present is None else present[..., i],
+            causal if isinstance(causal, bool) else causal[i],
+        )
+        for i, size in enumerate(sizes)
+    ]
+    seen = torch.cat(visible, -1)  # [B, 1, L, sum S_i]
+    if source_bias is not None:
+        bias = source_bias.to(wide).expand(query.shape[0], heads, n)
+        bias = torch.cat(
+            [bias[:, :, i, None, None].expand(-1, -1, 1, s) for i, s in enumerate(sizes)], -1
+        )  # [B, H, 1, sum S_i]
+        seen = seen & (bias != -torch.inf)
+        bias = torch.where(bias == -torch.inf, 0.0, bias)
+    sees = seen.any(-1, keepdim=True)  # [B, H, L, 1]
+
+    # Whatever is not finite is taken out before it is multiplied, since 0 * nan is nan, and put back as a nan
+    # where it is seen.
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = (torch.where(sees, query, 0.0) @ _finite(key).mT).to(wide) * scale
+    logits = torch.where(key.isfinite().all(-1)[:, :, None], logits, torch.nan)
+    if source_bias is not None:
+        logits = logits + bias
+    logits = torch.where(sees, torch.where(seen, logits, -torch.inf), 0.0)
+    weights = torch.where(seen, logits.softmax(-1), 0.0)
+    out = weights.to(value.dtype) @ _finite(value)  # [B, H, L, Dv]
+    spoilt = seen.to(value.dtype) @ (~value.isfinite()).to(value.dtype)
+    out = torch.where(sees, torch.where(spoilt > 0, torch.nan, out), 0.0)
+    if not return_stats:
+        return out
+    lse = torch.where(sees.squeeze(-1), logits.logsumexp(-1), -torch.inf)
+    mass = torch.stack([part.sum(-1) for part in weights.detach().split(sizes, -1)], -1)
+    return out, AttentionStats(lse, mass)
+
+
+def _visible(
+    query: Tensor, size: int, length: Tensor | None, mask: Tensor | None, present: Tensor | None, causal: bool
+) -> Tensor:
+    """bool ``[B, 1, L, S]``: which keys of one source each query sees."""
+    batch, _, queries, _ = query.shape
+    at = torch.arange(size, device=query.device)
+    seen = torch.ones(batch, queries, size, dtype=torch.bool, device=query.device)
+    if length is not None:
+        seen = seen & (at < length[:, None, None])
+    if mask is not None:
+        seen = seen & mask[:, None]
+    if present is not None:  # [B] or [B, L]
+        seen = seen & present.view(batch, -1, 1)
+    if causal:
+        seen = seen & (at <= torch.arange(queries, device=query.device)[:, None] + size - queries)
+    return seen[:, None]
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.where(x.isfinite(), x, 0.0)
 
 
 def group_norm(

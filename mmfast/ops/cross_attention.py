@@ -1,0 +1,331 @@
+"""``cross_attention``: one softmax over the keys of several sources, which are never concatenated."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from mmfast.ops import reference
+from mmfast.ops._backend import autocast, choose, define, distinct, once_differentiable
+from mmfast.ops.reference import AttentionStats
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+MOST_SOURCES = 16
+
+Source = tuple[Tensor, Tensor]
+PerSource = Sequence[Tensor | None] | None
+
+
+@overload
+def cross_attention(
+    query: Tensor,
+    sources: Sequence[Source],
+    *,
+    lengths: PerSource = None,
+    masks: PerSource = None,
+    present: Tensor | None = None,
+    causal: bool | Sequence[bool] = False,
+    source_bias: Tensor | None = None,
+    scale: float | None = None,
+    return_stats: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def cross_attention(
+    query: Tensor,
+    sources: Sequence[Source],
+    *,
+    lengths: PerSource = None,
+    masks: PerSource = None,
+    present: Tensor | None = None,
+    causal: bool | Sequence[bool] = False,
+    source_bias: Tensor | None = None,
+    scale: float | None = None,
+    return_stats: Literal[True],
+) -> tuple[Tensor, AttentionStats]: ...
+def cross_attention(
+    query: Tensor,
+    sources: Sequence[Source],
+    *,
+    lengths: PerSource = None,
+    masks: PerSource = None,
+    present: Tensor | None = None,
+    causal: bool | Sequence[bool] = False,
+    source_bias: Tensor | None = None,
+    scale: float | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, AttentionStats]:
+    """``softmax(scale * query @ cat(keys).mT + bias) @ cat(values)`` over what is visible, without a ``cat``.
+
+    A key is visible to a query where ``lengths``, ``masks``, ``present``, ``causal`` and ``source_bias`` all
+    let it be. What no query sees is not read: whatever stands there, NaN and infinity included, no bit of the
+    output or of a gradient changes. A query that sees nothing gets 0, and gives no gradient.
+
+    Args:
+        query: ``[B, H, L, D]``.
+        sources: 1 to 16 pairs of key ``[B, Hkv, S_i, D]`` and value ``[B, Hkv, S_i, Dv]``; H is a multiple of
+            Hkv, and query head h reads key head ``h // (H // Hkv)``.
+        lengths: per source None or integers ``[B]``: keys from there on are padding. Clamped to [0, S_i].
+        masks: per source None or bool ``[B, S_i]``, True where a key is visible.
+        present: bool ``[B, n]``, or ``[B, L, n]`` where each query sees some of the sources only.
+        causal: one for all sources or one for each: query l sees key s where ``s <= l + S_i - L``.
+        source_bias: ``[n]``, ``[H, n]`` or ``[B, H, n]`` in query's dtype or float32, added to every logit of
+            a source; -inf makes it absent.
+        scale: of the logits; ``D ** -0.5`` when None.
+        return_stats: also return ``AttentionStats``: ``lse [B, H, L]``, which has a gradient, and ``mass
+            [B, H, L, n]``, which has none, both float32 (float64 for float64).
+
+    Returns:
+        ``[B, H, L, Dv]`` in query's dtype: float32, bfloat16, float16, and float64 on the CPU. Logits,
+        softmax and sums are made in float32 or better. Under autocast every floating argument but float64 and
+        source_bias is cast.
+
+    Raises:
+        TypeError: an argument is not of the kind above.
+        ValueError: a shape, dtype or device does not fit, or the forced backend cannot run.
+
+    On the CPU, copies are made of a tensor whose last dimension is not dense, and of everything in float16,
+    as float32.
+
+    The online softmax is that of Milakov and Gimelshein (2018), its tiling and backward those of Dao,
+    FlashAttention-2 (2023).
+    """
+    _require_pairs(sources)
+    n = len(sources)
+    lengths, masks = _per_source("lengths", lengths, n), _per_source("masks", masks, n)
+    causal = [causal] * n if isinstance(causal, bool) else list(causal)
+    query, *kv = autocast(query, *(t for source in sources for t in source))
+    keys, values = kv[::2], kv[1::2]
+    _check(query, keys, values, lengths, masks, present, causal, source_bias)
+    backend = choose("cross_attention", query.device)
+    if backend == "reference":
+        return reference.cross_attention(
+            query,
+            list(zip(keys, values, strict=True)),
+            lengths=lengths,
+            masks=masks,
+            present=present,
+            causal=causal,
+            source_bias=source_bias,
+            scale=scale,
+            return_stats=return_stats,
+        )
+    if source_bias is not None:
+        source_bias = source_bias.to(_wide(query)).expand(*query.shape[:2], n)
+    tensors = (query, *keys, *values, source_bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        out, lse, *mass = _CrossAttention.apply(
+            backend, causal, scale, return_stats, present, *lengths, *masks, *distinct(*tensors)
+        )
+    else:
+        out, lse, *mass = _FORWARD[backend](
+            query, keys, values, lengths, masks, present, causal, source_bias, scale, return_stats
+        )
+    return (out, AttentionStats(lse, mass[0])) if return_stats else out
+
+
+class _CrossAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        causal: list[bool],
+        scale: float | None,
+        mass: bool,
+        present: Tensor | None,
+        *tensors: Any,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        n = len(causal)
+        lengths, masks = list(tensors[:n]), list(tensors[n : 2 * n])
+        query, *kv, source_bias = tensors[2 * n :]
+        made = _FORWARD[backend](
+            query, kv[:n], kv[n:], lengths, masks, present, causal, source_bias, scale, mass
+        )
+        ctx.options = backend, causal, scale
+        ctx.save_for_backward(present, *tensors, *made[:2])
+        if mass:
+            ctx.mark_non_differentiable(made[2])
+        return tuple(made)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
+        backend, causal, scale = ctx.options
+        n = len(causal)
+        present, *tensors, out, lse = ctx.saved_tensors
+        lengths, masks = tensors[:n], tensors[n : 2 * n]
+        query, *kv, source_bias = tensors[2 * n :]
+        if grad is None:
+            grad = torch.zeros_like(out)
+        needs = list(ctx.needs_input_grad[5 + 2 * n :])
+        grads = iter(_BACKWARD[backend](
+            grad, grad_lse, query, kv[:n], kv[n:], lengths, masks, present, causal, source_bias, scale,
+            out, lse, needs,
+        ))  # fmt: skip
+        return (*[None] * (5 + 2 * n), *[next(grads) if needed else None for needed in needs])
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def _wrong(name: str, got: object, wanted: str) -> ValueError:
+    got = list(got) if isinstance(got, torch.Size) else got
+    return ValueError(f"cross_attention: {name} is {got}, wanted {wanted}")
+
+
+def _require_pairs(sources: Any) -> None:
+    if not isinstance(sources, list | tuple):
+        raise TypeError(
+            f"cross_attention: sources is a {type(sources).__name__}, wanted a list of (key, value) pairs"
+        )
+    if not 1 <= len(sources) <= MOST_SOURCES:
+        raise _wrong("the number of sources", len(sources), f"1 to {MOST_SOURCES}")
+    for i, source in enumerate(sources):
+        if isinstance(source, Tensor) or not (
+            isinstance(source, list | tuple)
+            and len(source) == 2
+            and all(isinstance(t, Tensor) for t in source)
+        ):
+            raise TypeError(
+                f"cross_attention: sources[{i}] is a {type(source).__name__}, wanted (key, value)"
+            )
+
+
+def _per_source(name: str, given: Any, n: int) -> list[Tensor | None]:
+    if given is None:
+        return [None] * n
+    if not isinstance(given, list | tuple):
+        raise TypeError(
+            f"cross_attention: {name} is a {type(given).__name__}, wanted a list, one for each source"
+        )
+    if len(given) != n:
+        raise _wrong(f"the number of {name}", len(given), f"{n}, one for each source")
+    return list(given)
+
+
+def _check(
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    lengths: Sequence[Tensor | None],
+    masks: Sequence[Tensor | None],
+    present: Tensor | None,
+    causal: Sequence[bool],
+    source_bias: Tensor | None,
+) -> None:
+    dtype, device, n = query.dtype, query.device, len(keys)
+    if dtype not in DTYPES:
+        raise _wrong("query's dtype", dtype, "float32, bfloat16, float16 or float64")
+    if query.dim() != 4:
+        raise _wrong("query", query.shape, "[B, H, L, D]")
+    batch, heads, queries, depth = query.shape
+    if depth == 0:
+        raise _wrong("query", query.shape, "at least one feature a head")
+    if len(causal) != n or not all(isinstance(one, bool) for one in causal):
+        raise _wrong("causal", list(causal), f"a bool or {n} of them, one for each source")
+    for i, (key, value) in enumerate(zip(keys, values, strict=True)):
+        for name, one in ((f"key of sources[{i}]", key), (f"value of sources[{i}]", value)):
+            if one.dtype != dtype or one.device != device:
+                raise _wrong(name, f"{one.dtype} on {one.device}", f"query's {dtype} on {device}")
+            if one.dim() != 4:
+                raise _wrong(name, one.shape, "[B, Hkv, S, features]")
+        kv_heads = key.shape[1]
+        if key.shape[0] != batch or key.shape[3] != depth:
+            raise _wrong(f"key of sources[{i}]", key.shape, f"[{batch}, Hkv, S, {depth}] like query")
+        if kv_heads != keys[0].shape[1]:
+            raise _wrong(f"key of sources[{i}]", key.shape, f"{keys[0].shape[1]} heads as in sources[0]")
+        if kv_heads == 0 or heads % kv_heads:
+            raise _wrong(f"key of sources[{i}]", key.shape, f"heads that divide query's {heads}")
+        if value.shape[:3] != key.shape[:3] or value.shape[3] != values[0].shape[3]:
+            wanted = [*key.shape[:3], values[0].shape[3]]
+            raise _wrong(f"value of sources[{i}]", value.shape, f"{wanted} as its key and the first value")
+        for name, t, shape in (("lengths", lengths[i], (batch,)), ("masks", masks[i], (batch, key.shape[2]))):
+            if t is None:
+                continue
+            if not isinstance(t, Tensor):
+                raise TypeError(
+                    f"cross_attention: {name}[{i}] is a {type(t).__name__}, wanted a tensor or None"
+                )
+            kinds = INTEGERS if name == "lengths" else (torch.bool,)
+            if t.dtype not in kinds or t.device != device:
+                wanted_kind = " or ".join(map(str, kinds))
+                raise _wrong(f"{name}[{i}]", f"{t.dtype} on {t.device}", f"{wanted_kind} on {device}")
+            if t.shape != shape:
+                raise _wrong(f"{name}[{i}]", t.shape, f"{list(shape)}")
+    if present is not None:
+        if present.dtype != torch.bool or present.device != device:
+            raise _wrong("present", f"{present.dtype} on {present.device}", f"torch.bool on {device}")
+        if present.shape not in ((batch, n), (batch, queries, n)):
+            raise _wrong("present", present.shape, f"[{batch}, {n}] or [{batch}, {queries}, {n}]")
+    if source_bias is not None:
+        if source_bias.dtype not in (dtype, torch.float32) or source_bias.device != device:
+            got = f"{source_bias.dtype} on {source_bias.device}"
+            raise _wrong("source_bias", got, f"{dtype} or torch.float32 on {device}")
+        if source_bias.shape not in ((n,), (heads, n), (batch, heads, n)):
+            raise _wrong(
+                "source_bias", source_bias.shape, f"[{n}], [{heads}, {n}] or [{batch}, {heads}, {n}]"
+            )
+
+
+def _forward_fake(
+    query: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    lengths: list[Tensor | None],
+    masks: list[Tensor | None],
+    present: Tensor | None,
+    causal: list[bool],
+    source_bias: Tensor | None,
+    scale: float | None,
+    mass: bool,
+) -> list[Tensor]:
+    rows = query.shape[:3]
+    made = [query.new_empty(*rows, values[0].shape[3]), query.new_empty(rows, dtype=_wide(query))]
+    if mass:
+        made.append(query.new_empty(*rows, len(keys), dtype=_wide(query)))
+    return made
+
+
+def _backward_fake(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    lengths: list[Tensor | None],
+    masks: list[Tensor | None],
+    present: Tensor | None,
+    causal: list[bool],
+    source_bias: Tensor | None,
+    scale: float | None,
+    out: Tensor,
+    lse: Tensor,
+    needs: list[bool],
+) -> list[Tensor]:
+    inputs = (query, *keys, *values, source_bias)
+    return [t.new_empty(t.shape) for t, needed in zip(inputs, needs, strict=True) if t is not None and needed]
+
+
+# The forward makes the output, the logarithm of each row's sum of exponentials, and the share of each source
+# if `mass`. The backward makes the gradients that `needs` asks for, in the order query, *keys, *values,
+# source_bias, which is [B, H, n] and as wide as the sums.
+_FORWARD = define(
+    "cross_attention",
+    "cross_attention",
+    "(Tensor query, Tensor[] keys, Tensor[] values, Tensor?[] lengths, Tensor?[] masks, Tensor? present, "
+    "bool[] causal, Tensor? source_bias, float? scale, bool mass) -> Tensor[]",
+    _forward_fake,
+)
+_BACKWARD = define(
+    "cross_attention",
+    "cross_attention_backward",
+    "(Tensor grad, Tensor? grad_lse, Tensor query, Tensor[] keys, Tensor[] values, Tensor?[] lengths, "
+    "Tensor?[] masks, Tensor? present, bool[] causal, Tensor? source_bias, float? scale, Tensor out, "
+    "Tensor lse, bool[] needs) -> Tensor[]",
+    _backward_fake,
+)

@@ -91,8 +91,8 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     recorded = torch.autograd.function.once_differentiable(backward)
 
     @functools.wraps(backward)
-    def run(ctx: Any, grad: Tensor) -> Any:
-        return recorded(ctx, grad) if torch.is_grad_enabled() else backward(ctx, grad)
+    def run(ctx: Any, *grads: Tensor) -> Any:
+        return recorded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
 
     return run
 

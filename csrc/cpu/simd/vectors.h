@@ -147,4 +147,11 @@ void sweep(int64_t n, F f) {
   if (c < n) f(c, Part{n - c});
 }
 
+template <class V>
+auto total(V v) {
+  auto sum = v[0];
+  for (unsigned i = 1; i < sizeof(V) / sizeof(v[0]); ++i) sum += v[i];
+  return sum;
+}
+
 }  // namespace

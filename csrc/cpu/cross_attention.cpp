@@ -1,0 +1,210 @@
+// cross_attention on the CPU: an online softmax over the keys of all sources, block by block.
+#include "cross_attention.h"
+
+namespace mmfast {
+namespace {
+
+// What a part of the keys comes to for some rows of one head: sums of exp(logit - max) * value, and those of
+// exp(logit - max) for each source with the max of its time.
+template <class T, class A = typename wide<T>::type>
+struct Partial {
+  int64_t lanes = attention_kernels<T>().lanes, sources;
+  RowSums<T> sums;
+  Buffer<A> max, total;                // [rows], [rows, lanes]
+  Buffer<A> source_total, source_max;  // [rows, n]
+
+  Partial(const Attention<T>& a, int64_t rows)
+      : sources(a.sources),
+        sums(rows, a.value_depth),
+        max(rows, 1),
+        total(rows, lanes),
+        source_total(rows, sources),
+        source_max(rows, sources) {}
+
+  void clear(int64_t rows) {
+    sums.clear();
+    std::fill_n(max.data(), rows, -std::numeric_limits<A>::infinity());
+    std::fill_n(total.data(), rows * lanes, A(0));
+    std::fill_n(source_total.data(), rows * sources, A(0));
+  }
+  void close_source(int64_t i, int64_t rows) {
+    for (int64_t r = 0; r < rows; ++r) {
+      A* const t = total.row(r);
+      source_total.row(r)[i] = std::accumulate(t, t + lanes, A(0));
+      source_max.row(r)[i] = *max.row(r);
+      std::fill_n(t, lanes, A(0));
+    }
+  }
+};
+
+// Rows first ... first + rows of one head, and blocks from ... until of its sample's keys.
+struct Task {
+  int64_t b, kv_head, first, rows, from, until;
+};
+
+template <class T, class A = typename wide<T>::type>
+class Worker {
+ public:
+  static constexpr int64_t KEYS = AttentionKernels<T>::KEYS;
+
+  Worker(const Attention<T>& a, int64_t rows)
+      : a_(a),
+        keys_(a.depth, rows <= FEW_ROWS<T>),
+        values_(KEYS, a.value_depth, rows <= FEW_ROWS<T>),
+        seen_(rows),
+        bias_(rows),
+        logits_(parts(KEYS, k_.columns), k_.rows * k_.columns),
+        weights_(k_.rows, KEYS) {}
+
+  void run(const Task& task, Partial<T>& out) {
+    out.clear(task.rows);
+    int64_t before = 0;  // blocks of the sources before this one
+    for (int64_t i = 0; i < a_.sources; ++i) {
+      const int64_t blocks = parts(a_.of(task.b, i).count, KEYS);
+      int64_t j = std::max<int64_t>(task.from - before, 0), end = std::min(task.until - before, blocks);
+      before += blocks;
+      if (j >= end) continue;
+      int64_t most = 0;
+      for (int64_t r = 0; r < task.rows; ++r) {
+        seen_[r] = a_.seen(task.b, task.kv_head, i, task.first + r);
+        bias_[r] = a_.bias_of(task.b, a_.head(task.kv_head, task.first + r), i);
+        most = std::max(most, seen_[r]);
+      }
+      for (end = std::min(end, parts(most, KEYS)); j < end; ++j) {
+        const Block<T> block(a_, task.b, task.kv_head, i, j * KEYS);
+        keys_.take(block.key, block.count);
+        values_.take(block.value, block.count);
+        for (int64_t r = 0; r < task.rows; r += k_.rows)
+          tile(task, {seen_.data(), r, std::min(r + k_.rows, task.rows), block}, block, out);
+      }
+      out.close_source(i, task.rows);
+    }
+  }
+
+ private:
+  void tile(const Task& task, const Viewers<T>& v, const Block<T>& block, Partial<T>& out) {
+    if (v.count == 0) return;
+    const T* left[TileKernels<T>::MOST_ROWS];
+    v.fill(left, [&](int64_t i) { return a_.query_row(task.b, task.kv_head, task.first + v.row[i]); });
+    keys_.multiply(logits_.data(), left, v.count, v.most);
+    for (int64_t i = 0; i < v.count; ++i) {
+      const int64_t r = v.row[i];
+      const A factor =
+          softmax_.softmax(weights_.row(i), logits_.data() + i * k_.columns, k_.rows * k_.columns, v.keys[i],
+                           a_.scale, bias_[r], out.max.row(r), out.total.row(r));
+      if (factor != 1) out.sums.scale(r, factor);
+    }
+    out.sums.add(v, block.count, weights_, 0, values_);
+  }
+
+  const Attention<T>& a_;
+  const TileKernels<T>& k_ = tile_kernels<T>();
+  const AttentionKernels<T>& softmax_ = attention_kernels<T>();
+  Columns<T> keys_;
+  Lines<T> values_;
+  std::vector<int64_t> seen_;
+  std::vector<A> bias_;
+  Buffer<A> logits_;
+  Buffer<T> weights_;
+};
+
+template <class T>
+Tensors forward(const Attention<T>& a, bool want_mass) {
+  using A = typename wide<T>::type;
+  constexpr int64_t KEYS = AttentionKernels<T>::KEYS;
+  const Shape rows_shape{a.batch, a.heads, a.queries};
+  Tensors made{empty({a.batch, a.heads, a.queries, a.value_depth}, scalar_type<T>),
+               empty(rows_shape, scalar_type<A>)};
+  if (want_mass) made.push_back(empty({a.batch, a.heads, a.queries, a.sources}, scalar_type<A>));
+  T* const out = data<T>(made[0]);
+  A* const lse = data<A>(made[1]);
+  A* const mass = want_mass ? data<A>(made[2]) : nullptr;
+
+  // Adds up parts of the keys, which is one part where there is work enough without.
+  const auto finish = [&](const Task& task, Partial<T>* partials, int64_t count) {
+    std::vector<Wider<A>> of_source(a.sources);
+    for (int64_t r = 0; r < task.rows; ++r) {
+      const int64_t to = a.output_row(task.b, task.kv_head, task.first + r);
+      A max = *partials[0].max.row(r);
+      for (int64_t s = 1; s < count; ++s) max = std::max(max, *partials[s].max.row(r));
+      std::fill(of_source.begin(), of_source.end(), 0);
+      const auto factor = [max](A of) { return of == max ? A(1) : std::exp(of - max); };
+      for (int64_t s = 0; s < count; ++s)
+        for (int64_t i = 0; i < a.sources; ++i)
+          if (const A sum = partials[s].source_total.row(r)[i]; sum != 0)
+            of_source[i] += sum * factor(partials[s].source_max.row(r)[i]);
+      const auto total = std::accumulate(of_source.begin(), of_source.end(), Wider<A>(0));
+      lse[to] = total == 0 ? -std::numeric_limits<A>::infinity() : max + std::log(total);
+      for (int64_t i = 0; mass && i < a.sources; ++i)
+        mass[to * a.sources + i] = total == 0 ? 0 : of_source[i] / total;
+      auto& sums = partials[0].sums;
+      if (count > 1) sums.scale(r, factor(*partials[0].max.row(r)));
+      for (int64_t s = 1; s < count; ++s)
+        if (const A f = factor(*partials[s].max.row(r)); f != 0)
+          for (int64_t p = 0; p < sums.panels(); ++p)
+            row_kernels<A>().accumulate(sums.row(r, p), f, partials[s].sums.row(r, p),
+                                        tile_kernels<T>().columns);
+      sums.put(out + to * a.value_depth, r, total == 0 ? 0 : 1 / total, a.value_depth);
+    }
+  };
+
+  // A task has rows enough to pack the keys for, or else all threads have something to do.
+  constexpr int64_t LEAST_TILES = 16, MOST_TILES = 64, LEAST_BLOCKS = 4;
+  const int64_t height = tile_kernels<T>().rows, wanted = 4 * torch::stable::get_num_threads();
+  const int64_t heads = a.batch * a.kv_heads, tiles = parts(a.rows, height);
+  const int64_t of_task = std::clamp(parts(heads * tiles, wanted), LEAST_TILES, MOST_TILES) * height;
+  const int64_t row_blocks = parts(a.rows, of_task), rows = std::min(of_task, a.rows);
+  int64_t blocks = 0;
+  for (int64_t b = 0; b < a.batch; ++b) {
+    int64_t own = 0;
+    for (int64_t i = 0; i < a.sources; ++i) own += parts(a.of(b, i).count, KEYS);
+    blocks = std::max(blocks, own);
+  }
+  const int64_t splits =
+      heads * row_blocks >= wanted || heads * row_blocks == 0
+          ? 1
+          : std::clamp<int64_t>(blocks / LEAST_BLOCKS, 1, parts(wanted, heads * row_blocks));
+  const int64_t span = std::max<int64_t>(parts(blocks, splits), 1), of_line = row_blocks * splits;
+  const auto task_at = [&](int64_t k) {
+    const int64_t line = k / of_line, first = k % of_line / splits * of_task, split = k % splits;
+    return Task{line / a.kv_heads, line % a.kv_heads, first, std::min(of_task, a.rows - first),
+                split * span,      (split + 1) * span};
+  };
+  std::vector<Partial<T>> partials;
+  if (splits > 1)
+    for (int64_t k = 0; k < heads * of_line; ++k) partials.emplace_back(a, task_at(k).rows);
+  const int64_t cost = rows * std::min(span, blocks) * KEYS * (a.depth + a.value_depth);
+  take_turns(heads, of_line, cost, [&](auto take) {
+    Worker<T> worker(a, rows);
+    std::optional<Partial<T>> own;
+    if (splits == 1) own.emplace(a, rows);
+    for (int64_t k; (k = take()) >= 0;) {
+      worker.run(task_at(k), splits == 1 ? *own : partials[k]);
+      if (splits == 1) finish(task_at(k), &*own, 1);
+    }
+  });
+  if (splits > 1)
+    parallel_rows(heads * row_blocks, rows * splits * a.value_depth, [&](int64_t from, int64_t until) {
+      for (int64_t k = from * splits; k < until * splits; k += splits)
+        finish(task_at(k), partials.data() + k, splits);
+    });
+  return made;
+}
+
+Tensors cross_attention(Tensor query, Tensors keys, Tensors values, MaybeTensors lengths, MaybeTensors masks,
+                        Maybe present, std::vector<bool> causal, Maybe source_bias,
+                        std::optional<double> scale, bool mass) {
+  const ScalarType type = query.scalar_type();
+  Tensors made = by_type(type, [&](auto zero, auto to) {
+    return forward<decltype(zero)>(
+        {to(query), to(keys), to(values), lengths, masks, present, causal, source_bias, scale}, mass);
+  });
+  made[0] = type == ScalarType::Half ? cast(made[0], type) : made[0];
+  return made;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) { bind<&cross_attention>(m, "cross_attention.cpu"); }
+
+}  // namespace mmfast

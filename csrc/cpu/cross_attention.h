@@ -1,0 +1,342 @@
+// What both directions of cross_attention have in common: where rows lie, and who sees which keys.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "box.h"
+#include "simd/attention.h"
+#include "sources.h"
+
+MM_DISPATCH(mmfast_attention, const void*, mmfast::RowType)
+
+namespace mmfast {
+
+using MaybeTensors = std::vector<Maybe>;
+
+template <class T>
+const AttentionKernels<T>& attention_kernels() {
+  return *static_cast<const AttentionKernels<T>*>(mmfast_attention()(row_type<T>));
+}
+
+// [B, heads, rows, features] with dense features.
+template <class T>
+struct Heads {
+  Tensor held;
+  const T* data;
+  int64_t batch_stride, head_stride, row_stride, rows, depth;
+
+  explicit Heads(const Tensor& t)
+      : held(dense(t)),
+        data(static_cast<const T*>(held.data_ptr())),
+        batch_stride(held.stride(0)),
+        head_stride(held.stride(1)),
+        row_stride(held.stride(2)),
+        rows(held.size(2)),
+        depth(held.size(3)) {}
+  const T* row(int64_t b, int64_t h, int64_t r) const {
+    return data + b * batch_stride + h * head_stride + r * row_stride;
+  }
+};
+
+// The keys of one source that its sample lets anyone see. They are numbered without the others, so that a
+// query, whatever bounds it, sees the first so many.
+struct Keys {
+  int64_t count = 0;
+  std::vector<int64_t> at;      // their places; empty: the first `count`
+  std::vector<int64_t> before;  // how many of them lie before each place; empty: all places are theirs
+
+  int64_t place(int64_t j) const { return at.empty() ? j : at[j]; }
+};
+
+template <class T, class A = typename wide<T>::type>
+struct Attention {
+  static constexpr int64_t KEYS = AttentionKernels<T>::KEYS;
+
+  Heads<T> query;
+  std::vector<Heads<T>> key, value;
+  int64_t batch, heads, kv_heads, queries, depth, value_depth, sources;
+  int64_t group, rows;     // query heads of a key head; their queries together
+  std::vector<Keys> keys;  // [B, n]
+  std::vector<bool> causal;
+  A scale;
+  std::optional<Tensor> present, bias;
+
+  Attention(const Tensor& query_, const Tensors& keys_, const Tensors& values, const MaybeTensors& lengths,
+            const MaybeTensors& masks, const Maybe& present_, const std::vector<bool>& causal_,
+            const Maybe& bias_, std::optional<double> scale_)
+      : query(query_),
+        batch(query_.size(0)),
+        heads(query_.size(1)),
+        kv_heads(keys_[0].size(1)),
+        queries(query_.size(2)),
+        depth(query_.size(3)),
+        value_depth(values[0].size(3)),
+        sources(keys_.size()),
+        group(heads / kv_heads),
+        rows(group * queries),
+        keys(batch * sources),
+        causal(causal_),
+        scale(scale_ ? *scale_ : 1 / std::sqrt(static_cast<double>(query_.size(3)))),
+        present(present_),
+        bias(bias_) {
+    for (int64_t i = 0; i < sources; ++i) {
+      key.emplace_back(keys_[i]);
+      value.emplace_back(values[i]);
+      for (int64_t b = 0; b < batch; ++b) keys[b * sources + i] = find(i, b, lengths[i], masks[i]);
+    }
+  }
+
+  const Keys& of(int64_t b, int64_t i) const { return keys[b * sources + i]; }
+
+  // Row r of a key head's is query r % L of its query head r / L.
+  int64_t head(int64_t kv_head, int64_t r) const { return kv_head * group + r / queries; }
+  const T* query_row(int64_t b, int64_t kv_head, int64_t r) const {
+    return query.row(b, head(kv_head, r), r % queries);
+  }
+  // ... and row output_row of a contiguous [B, H, L].
+  int64_t output_row(int64_t b, int64_t kv_head, int64_t r) const {
+    return (b * heads + kv_head * group) * queries + r;
+  }
+  A bias_of(int64_t b, int64_t h, int64_t i) const {
+    return bias ? static_cast<const A*>(
+                      bias->data_ptr())[b * bias->stride(0) + h * bias->stride(1) + i * bias->stride(2)]
+                : 0;
+  }
+
+  // How many keys of source i row r sees: the first so many.
+  int64_t seen(int64_t b, int64_t kv_head, int64_t i, int64_t r) const {
+    const Keys& k = of(b, i);
+    if (k.count == 0 || bias_of(b, head(kv_head, r), i) == -std::numeric_limits<A>::infinity()) return 0;
+    const int64_t l = r % queries;
+    if (present && present->dim() == 3 &&
+        !present->template const_data_ptr<bool>()[b * present->stride(0) + l * present->stride(1) +
+                                                  i * present->stride(2)])
+      return 0;
+    if (!causal[i]) return k.count;
+    const int64_t end = std::clamp<int64_t>(l + key[i].rows - queries + 1, 0, key[i].rows);
+    return k.before.empty() ? std::min(end, k.count) : k.before[end];
+  }
+
+ private:
+  Keys find(int64_t i, int64_t b, const Maybe& length, const Maybe& mask) const {
+    Keys k;
+    if (present && present->dim() == 2 &&
+        !present->template const_data_ptr<bool>()[b * present->stride(0) + i * present->stride(1)])
+      return k;
+    int64_t end = key[i].rows;
+    if (length) {
+      const int64_t at = b * length->stride(0);
+      const int64_t given = length->scalar_type() == ScalarType::Int
+                                ? static_cast<const int32_t*>(length->data_ptr())[at]
+                                : static_cast<const int64_t*>(length->data_ptr())[at];
+      end = std::clamp<int64_t>(given, 0, end);
+    }
+    k.count = end;
+    if (!mask) return k;
+    const bool* const visible = static_cast<const bool*>(mask->data_ptr()) + b * mask->stride(0);
+    if (causal[i]) k.before.assign(key[i].rows + 1, 0);
+    for (int64_t s = 0; s < end; ++s) {
+      if (visible[s * mask->stride(1)]) k.at.push_back(s);
+      if (causal[i]) k.before[s + 1] = k.at.size();
+    }
+    if (causal[i]) std::fill(k.before.begin() + end, k.before.end(), k.at.size());
+    k.count = k.at.size();
+    return k;
+  }
+};
+
+// Up to KEYS keys of one head, in the order in which queries see them, and their values.
+template <class T>
+struct Block {
+  static constexpr int64_t KEYS = AttentionKernels<T>::KEYS;
+  int64_t first, count;
+  const T *key[KEYS], *value[KEYS];
+
+  Block(const Attention<T>& a, int64_t b, int64_t kv_head, int64_t i, int64_t first_)
+      : first(first_), count(std::min(KEYS, a.of(b, i).count - first)) {
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t s = a.of(b, i).place(first + j);
+      key[j] = a.key[i].row(b, kv_head, s);
+      value[j] = a.value[i].row(b, kv_head, s);
+    }
+  }
+};
+
+// The rows of a tile that see anything of a block, and how many of its keys.
+template <class T>
+struct Viewers {
+  static constexpr int64_t MOST_ROWS = TileKernels<T>::MOST_ROWS;
+  int64_t row[MOST_ROWS], keys[MOST_ROWS], count = 0, most = 0, least = AttentionKernels<T>::KEYS;
+  bool all = true;
+
+  Viewers(const int64_t* seen, int64_t first, int64_t end, const Block<T>& block) {
+    for (int64_t r = first; r < end; ++r) {
+      const int64_t n = std::clamp<int64_t>(seen[r] - block.first, 0, block.count);
+      if (n == 0) {
+        all = false;
+        continue;
+      }
+      row[count] = r, keys[count++] = n;
+      least = std::min(least, n), most = std::max(most, n);
+    }
+  }
+  // f(i) for each row of a tile: a short one's last row fills it up.
+  template <class P, class F>
+  void fill(P* to, F f) const {
+    for (int64_t i = 0; i < tile_kernels<T>().rows; ++i) to[i] = f(std::min(i, count - 1));
+  }
+};
+
+// Products with a block's keys or values as columns, [features, KEYS]: logits.
+template <class T, class A = typename wide<T>::type>
+class Columns {
+ public:
+  static constexpr int64_t KEYS = AttentionKernels<T>::KEYS;
+
+  Columns(int64_t depth, bool in_place)
+      : depth_(depth),
+        in_place_(in_place),
+        packed_(parts(KEYS, k_.columns), in_place ? 0 : panel_bytes<T>(depth)) {}
+
+  void take(const T* const* of, int64_t count) {
+    of_ = of, count_ = count;
+    for (int64_t p = 0; !in_place_ && p * k_.columns < count; ++p)
+      k_.pack_columns(packed_.row(p), of + p * k_.columns, depth_, used(p));
+  }
+  // c [panels][a tile] = left @ the columns, `most` of them
+  void multiply(A* c, const T* const* left, int64_t count, int64_t most) const {
+    const A* start[TileKernels<T>::MOST_ROWS];
+    std::fill_n(start, k_.rows, Sums<T>::zeros);
+    for (int64_t p = 0; p * k_.columns < most; ++p, c += k_.rows * k_.columns)
+      if (in_place_)
+        k_.multiply_columns(c, start, left, count, of_ + p * k_.columns, used(p), depth_);
+      else
+        k_.multiply(c, start, left, k_.group, packed_.row(p), depth_);
+  }
+
+ private:
+  int64_t used(int64_t p) const { return std::min(k_.columns, count_ - p * k_.columns); }
+
+  const TileKernels<T>& k_ = tile_kernels<T>();
+  int64_t depth_, count_ = 0;
+  bool in_place_;
+  Buffer<char> packed_;
+  const T* const* of_ = nullptr;
+};
+
+// Products with rows of features, [rows, features], where they lie or packed.
+template <class T, class A = typename wide<T>::type>
+class Lines {
+ public:
+  Lines(int64_t most, int64_t width, bool in_place)
+      : width_(width), in_place_(in_place), packed_(panels(), panel_bytes<T>(most)) {}
+
+  int64_t panels() const { return parts(width_, k_.columns); }
+  int64_t used(int64_t p) const { return std::min(k_.columns, width_ - p * k_.columns); }
+  const T* row(int64_t k) const { return of_[k]; }
+  void take(const T* const* of, int64_t count) {
+    of_ = of;
+    for (int64_t p = 0; p < panels(); ++p)
+      if (!lies_ready(p)) k_.pack_rows(packed_.row(p), of, p * k_.columns, count, used(p));
+  }
+  // c = start + left @ the first `depth` rows, panel p
+  void multiply(A* c, const A* const* start, const T* const* left, int64_t step, int64_t count, int64_t p,
+                int64_t depth) const {
+    if (lies_ready(p))
+      k_.multiply_rows(c, start, left, count, of_, p * k_.columns, depth);
+    else
+      k_.multiply(c, start, left, step, packed_.row(p), depth);
+  }
+
+ private:
+  bool lies_ready(int64_t p) const { return in_place_ && used(p) == k_.columns; }
+
+  const TileKernels<T>& k_ = tile_kernels<T>();
+  int64_t width_;
+  bool in_place_;
+  Buffer<char> packed_;
+  const T* const* of_ = nullptr;
+};
+
+// Rows of sums, laid out as the tiles that they are made in.
+template <class T, class A = typename wide<T>::type>
+class RowSums {
+ public:
+  RowSums(int64_t rows, int64_t width)
+      : panels_(parts(width, k_.columns)), tiles_(parts(rows, k_.rows)), of_(tiles_, panels_ * size()) {}
+
+  void clear() { std::fill_n(of_.data(), tiles_ * panels_ * size(), A(0)); }
+  A* row(int64_t r, int64_t p) const { return of_.row(r / k_.rows) + p * size() + r % k_.rows * k_.columns; }
+  int64_t panels() const { return panels_; }
+  void scale(int64_t r, A factor) const {
+    for (int64_t p = 0; p < panels_; ++p) attention_kernels<T>().scale(row(r, p), factor, k_.columns);
+  }
+  // to = factor * row r
+  void put(T* to, int64_t r, A factor, int64_t width) const {
+    scale(r, factor);
+    for (int64_t p = 0; p < panels_; ++p)
+      row_kernels<T>().narrow(to + p * k_.columns, row(r, p), std::min(k_.columns, width - p * k_.columns));
+  }
+
+  // The rows of a tile take on weights [count, KEYS] @ lines. What only some of the rows see they add one by
+  // one: 0 times what the others do not see could be nan.
+  void add(const Viewers<T>& v, int64_t block_count, const Buffer<T>& weights, int64_t first_weight,
+           const Lines<T>& lines) {
+    const T* left[TileKernels<T>::MOST_ROWS];
+    const A* start[TileKernels<T>::MOST_ROWS];
+    const int64_t common = v.least == block_count ? v.least : v.least / k_.group * k_.group;
+    v.fill(left, [&](int64_t i) { return weights.row(first_weight + i); });
+    Sums<T> apart;
+    for (int64_t p = 0; p < panels_; ++p) {
+      v.fill(start, [&](int64_t i) { return row(v.row[i], p); });
+      A* const c = v.all ? row(v.row[0], p) : apart.of;
+      if (common) lines.multiply(c, start, left, k_.group, v.count, p, common);
+      for (int64_t i = 0; i < v.count; ++i) {
+        A* const to = row(v.row[i], p);
+        if (common && !v.all) std::copy_n(c + i * k_.columns, k_.columns, to);
+        for (int64_t j = common; j < v.keys[i]; ++j)
+          row_kernels<T>().accumulate(to, widened(weights.row(first_weight + i)[j]),
+                                      lines.row(j) + p * k_.columns, lines.used(p));
+      }
+    }
+  }
+
+ private:
+  static A widened(T x) {
+    if constexpr (sizeof(T) == 2)
+      return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
+    else
+      return x;
+  }
+  int64_t size() const { return k_.rows * k_.columns; }
+
+  const TileKernels<T>& k_ = tile_kernels<T>();
+  int64_t panels_, tiles_;
+  Buffer<A> of_;
+};
+
+// At so few rows packing takes longer than it saves.
+template <class T>
+constexpr int64_t FEW_ROWS = 4 * sizeof(T);
+
+// calls run(zero of the type, cast) for a dtype; float16 goes through float32
+template <class F>
+Tensors by_type(ScalarType type, F run) {
+  const auto as_is = [](const auto& t) { return t; };
+  switch (type) {
+    case ScalarType::Float:
+      return run(float{}, as_is);
+    case ScalarType::Double:
+      return run(double{}, as_is);
+    case ScalarType::BFloat16:
+      return run(bf16{}, as_is);
+    case ScalarType::Half:
+      return run(float{}, [](const auto& t) { return cast(t, ScalarType::Float); });
+    default:
+      STD_TORCH_CHECK(false, "cross_attention: query's dtype is not supported");
+  }
+}
+
+}  // namespace mmfast

@@ -1,0 +1,131 @@
+// See attention.h. No torch header and no linkage but MM_ENTRY: see dispatch.h.
+#include "attention.h"
+
+#include <type_traits>
+
+#include "exp.h"
+#include "tiles.h"
+#include "vectors.h"
+
+using mmfast::AttentionKernels, mmfast::RowType;
+
+namespace {
+
+constexpr int KEYS = AttentionKernels<float>::KEYS;
+constexpr int PANEL_VECTORS = BYTES == 64 ? 4 : 2;  // as in tiles.cpp
+
+// exp(9) is far from overflow, and to rescale seldom is cheaper than to find each row's true maximum.
+constexpr int SLACK = 9;
+
+template <class V>
+bool any(V truth) {
+#ifdef __AVX512BW__
+  return _mm512_movepi8_mask((__m512i)truth) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)truth) != 0;
+#else
+  bool found = false;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(truth[0]); ++i) found |= truth[i] != 0;
+  return found;
+#endif
+}
+
+template <class V>
+auto largest(V v) {
+  auto most = v[0];
+  for (unsigned i = 1; i < sizeof(V) / sizeof(v[0]); ++i) most = v[i] > most ? v[i] : most;
+  return most;
+}
+
+// Which lanes of vector v of a row are among the first `count`.
+template <class T>
+auto among(int v, int64_t count) {
+  using lane = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  decltype(Vec<T>{} < Vec<T>{}) at;
+  for (int i = 0; i < lanes<T>; ++i) at[i] = v * lanes<T> + i;
+  return at < static_cast<lane>(count);
+}
+
+// Vector v of a row that lies in panels.
+template <class T>
+Vec<T> part(const Acc<T>* row, int64_t stride, int v) {
+  return bits<Vec<T>>(row + v / PANEL_VECTORS * stride + v % PANEL_VECTORS * lanes<T>, lanes<T>);
+}
+
+template <class T>
+constexpr int VECTORS = KEYS / lanes<T>;
+
+template <class T, bool WHOLE>
+Acc<T> softmax_of(T* p, const Acc<T>* s, int64_t stride, int64_t count, Acc<T> scale, Acc<T> bias,
+                  Acc<T>* max, Acc<T>* sum) {
+  using V = Vec<T>;
+  V x[VECTORS<T>];
+  const V none = V{} - __builtin_inf();
+  const Acc<T> before = *max;
+  const V limit = V{} + (before + SLACK);
+  auto grown = x[0] > x[0];
+#pragma GCC unroll 16
+  for (int v = 0; v < VECTORS<T>; ++v) {
+    x[v] = part<T>(s, stride, v) * scale + bias;
+    if (!WHOLE) x[v] = among<T>(v, count) ? x[v] : none;
+    grown |= x[v] > limit;
+  }
+  Acc<T> factor = 1;
+  if (any(grown)) {
+    V most = x[0] > x[1] ? x[0] : x[1];
+    for (int v = 0; v < VECTORS<T>; ++v) most = x[v] > most ? x[v] : most;
+    *max = largest(most);
+    factor = before == -__builtin_inf() ? 0 : exp(V{} + (before - *max))[0];
+  }
+  V total = bits<V>(sum, lanes<T>) * factor;
+#pragma GCC unroll 16
+  for (int v = 0; v < VECTORS<T>; ++v) {
+    V e = exp(x[v] - *max);
+    if (!WHOLE) e = among<T>(v, count) ? e : V{};
+    total += e;
+    store(p + v * lanes<T>, e, Whole{});
+  }
+  __builtin_memcpy(sum, &total, BYTES);
+  return factor;
+}
+
+template <class T>
+Acc<T> softmax(T* p, const Acc<T>* s, int64_t stride, int64_t count, Acc<T> scale, Acc<T> bias, Acc<T>* max,
+               Acc<T>* sum) {
+  return count == KEYS ? softmax_of<T, true>(p, s, stride, count, scale, bias, max, sum)
+                       : softmax_of<T, false>(p, s, stride, count, scale, bias, max, sum);
+}
+
+template <class T>
+void softmax_backward(T* p, T* ds, const Acc<T>* s, const Acc<T>* dp, int64_t stride, int64_t count,
+                      Acc<T> scale, Acc<T> bias, Acc<T> lse, Acc<T> delta, Acc<T>* sum) {
+  using V = Vec<T>;
+  const Acc<T> shift = bias - lse;
+  V total = bits<V>(sum, lanes<T>);
+#pragma GCC unroll 16
+  for (int v = 0; v < VECTORS<T>; ++v) {
+    V e = exp(part<T>(s, stride, v) * scale + shift);
+    V d = e * (part<T>(dp, stride, v) - delta);
+    if (count < KEYS) {
+      const auto seen = among<T>(v, count);
+      e = seen ? e : V{};
+      d = seen ? d : V{};
+    }
+    total += d;
+    store(p + v * lanes<T>, e, Whole{});
+    store(ds + v * lanes<T>, d, Whole{});
+  }
+  __builtin_memcpy(sum, &total, BYTES);
+}
+
+template <class A>
+void scale(A* x, A factor, int64_t n) {
+  sweep<A>(n, [&](int64_t c, auto part) { store(x + c, load(x + c, part) * factor, part); });
+}
+
+template <class T>
+constexpr AttentionKernels<T> kernels = {lanes<T>, softmax<T>, softmax_backward<T>, scale<Acc<T>>};
+
+}  // namespace
+
+MM_KERNELS_ENTRY(mmfast_attention)

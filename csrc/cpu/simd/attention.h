@@ -1,0 +1,26 @@
+// Kernels of a softmax on tiles of logits, as csrc/cpu/simd/attention.cpp compiles them for each instruction
+// set. Types and pointers only: see rows.h.
+#pragma once
+
+#include "rows.h"
+
+namespace mmfast {
+
+// A row's logits for one block of keys, x = scale * s + bias, as products leave them: a panel's worth of s,
+// then `stride` elements on the next panel's.
+template <class T, class A = typename wide<T>::type>
+struct AttentionKernels {
+  static constexpr int64_t KEYS = 64;  // of a block: whole panels in every instruction set
+
+  int64_t lanes;  // of a vector of A
+  // One step of an online softmax: p = exp(x - max) for the first `count` keys, 0 for the rest of the block;
+  // sum [lanes] += p. Returns what everything before has to be multiplied with, since max grew.
+  A (*softmax)(T* p, const A* s, int64_t stride, int64_t count, A scale, A bias, A* max, A* sum);
+  // p = exp(x - lse), ds = p * (dp - delta), both 0 from `count` on; sum [lanes] += ds
+  void (*softmax_backward)(T* p, T* ds, const A* s, const A* dp, int64_t stride, int64_t count, A scale,
+                           A bias, A lse, A delta, A* sum);
+  // x *= factor
+  void (*scale)(A* x, A factor, int64_t n);
+};
+
+}  // namespace mmfast

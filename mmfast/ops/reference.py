@@ -119,7 +119,7 @@ def _visible(
     if mask is not None:
         seen = seen & mask[:, None]
     if present is not None:  # [B] or [B, L]
-        seen = seen & present.view(batch, -1, 1)
+        seen = seen & (present[:, None] if present.dim() == 1 else present)[..., None]
     if causal:
         seen = seen & (at <= torch.arange(queries, device=query.device)[:, None] + size - queries)
     return seen[:, None]

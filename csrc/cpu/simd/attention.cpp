@@ -96,26 +96,33 @@ Acc<T> softmax(T* p, const Acc<T>* s, int64_t stride, int64_t count, Acc<T> scal
                        : softmax_of<T, false>(p, s, stride, count, scale, bias, max, sum);
 }
 
-template <class T>
-void softmax_backward(T* p, T* ds, const Acc<T>* s, const Acc<T>* dp, int64_t stride, int64_t count,
-                      Acc<T> scale, Acc<T> bias, Acc<T> lse, Acc<T> delta, Acc<T>* sum) {
+template <class T, bool WHOLE>
+void softmax_backward_of(T* p, T* ds, const Acc<T>* s, const Acc<T>* dp, int64_t stride, int64_t count,
+                         Acc<T> scale, Acc<T> shift, Acc<T> delta, Acc<T>* sums) {
   using V = Vec<T>;
-  const Acc<T> shift = bias - lse;
-  V total = bits<V>(sum, lanes<T>);
+  V total_p{}, total_ds{};
 #pragma GCC unroll 16
   for (int v = 0; v < VECTORS<T>; ++v) {
     V e = exp(part<T>(s, stride, v) * scale + shift);
     V d = e * (part<T>(dp, stride, v) - delta);
-    if (count < KEYS) {
+    if (!WHOLE) {
       const auto seen = among<T>(v, count);
       e = seen ? e : V{};
       d = seen ? d : V{};
     }
-    total += d;
     store(p + v * lanes<T>, e, Whole{});
     store(ds + v * lanes<T>, d, Whole{});
+    total_p += e, total_ds += d;
   }
-  __builtin_memcpy(sum, &total, BYTES);
+  if (sums) sums[0] += total(total_ds), sums[1] += total(total_p);
+}
+
+template <class T>
+void softmax_backward(T* p, T* ds, const Acc<T>* s, const Acc<T>* dp, int64_t stride, int64_t count,
+                      Acc<T> scale, Acc<T> bias, Acc<T> lse, Acc<T> delta, Acc<T>* sums) {
+  (count == KEYS ? softmax_backward_of<T, true> : softmax_backward_of<T, false>)(p, ds, s, dp, stride, count,
+                                                                                 scale, bias - lse, delta,
+                                                                                 sums);
 }
 
 template <class A>

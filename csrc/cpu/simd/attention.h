@@ -16,9 +16,10 @@ struct AttentionKernels {
   // One step of an online softmax: p = exp(x - max) for the first `count` keys, 0 for the rest of the block;
   // sum [lanes] += p. Returns what everything before has to be multiplied with, since max grew.
   A (*softmax)(T* p, const A* s, int64_t stride, int64_t count, A scale, A bias, A* max, A* sum);
-  // p = exp(x - lse), ds = p * (dp - delta), both 0 from `count` on; sum [lanes] += ds
+  // p = exp(x - lse), ds = p * (dp - delta), both 0 from `count` on. Unless sums is null, sums[0] += the sum
+  // of ds and sums[1] += that of p.
   void (*softmax_backward)(T* p, T* ds, const A* s, const A* dp, int64_t stride, int64_t count, A scale,
-                           A bias, A lse, A delta, A* sum);
+                           A bias, A lse, A delta, A* sums);
   // x *= factor
   void (*scale)(A* x, A factor, int64_t n);
 };

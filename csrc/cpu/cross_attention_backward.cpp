@@ -1,0 +1,323 @@
+// The gradients of cross_attention on the CPU, in one pass over the keys: P and dS of a block of keys are
+// made once and serve dQ, dK and dV.
+#include "cross_attention.h"
+
+namespace mmfast {
+namespace {
+
+// Which gradients are asked for; keys and values have one of each source.
+struct Needs {
+  bool query, bias;
+  std::vector<bool> key, value;
+
+  Needs(const std::vector<bool>& needs, int64_t n)
+      : query(needs[0]),
+        bias(needs[2 * n + 1]),
+        key(needs.begin() + 1, needs.begin() + 1 + n),
+        value(needs.begin() + 1 + n, needs.begin() + 1 + 2 * n) {}
+};
+
+// Where the gradients go; [B, Hkv, S, features] and dense.
+template <class T>
+struct Gradients {
+  T* query = nullptr;
+  std::vector<T*> key, value;
+};
+
+// Blocks from ... until of the keys of one head's sample.
+struct Task {
+  int64_t b, kv_head, from, until;
+};
+
+template <class T, class A = typename wide<T>::type>
+class Worker {
+ public:
+  static constexpr int64_t KEYS = AttentionKernels<T>::KEYS;
+  static constexpr int64_t ROWS = 96;  // of queries, whose weights stay in the second cache
+
+  Worker(const Attention<T>& a, const Needs& needs, const Heads<T>& grad, const A* lse, const A* delta,
+         const Gradients<T>& out)
+      : a_(a),
+        needs_(needs),
+        grad_(grad),
+        lse_(lse),
+        delta_(delta),
+        out_(out),
+        keys_(a.depth, false),
+        values_(a.value_depth, false),
+        key_lines_(KEYS, a.depth, false),
+        query_lines_(ROWS, a.depth, false),
+        grad_lines_(ROWS, a.value_depth, false),
+        d_key_(KEYS, a.depth),
+        d_value_(KEYS, a.value_depth),
+        seen_(a.rows),
+        bias_(a.rows),
+        logits_(parts(KEYS, k_.columns), k_.rows * k_.columns),
+        d_weights_(parts(KEYS, k_.columns), k_.rows * k_.columns),
+        p_(ROWS, KEYS),
+        ds_(ROWS, KEYS),
+        left_(1, whole_groups<T>(ROWS) * k_.rows) {}
+
+  // d_query becomes what these keys give, and of_source, unless null, the sums of dS and of P [rows, n, 2].
+  void run(const Task& task, RowSums<T>& d_query, A* of_source) {
+    d_query.clear();
+    if (of_source) std::fill_n(of_source, a_.rows * a_.sources * 2, A(0));
+    int64_t before = 0;  // blocks of the sources before this one
+    for (int64_t i = 0; i < a_.sources; ++i) {
+      const int64_t blocks = parts(a_.of(task.b, i).count, KEYS);
+      int64_t j = std::max<int64_t>(task.from - before, 0);
+      const int64_t end = std::min(task.until - before, blocks);
+      before += blocks;
+      for (int64_t r = 0; j < end && r < a_.rows; ++r) {
+        seen_[r] = a_.seen(task.b, task.kv_head, i, r);
+        bias_[r] = a_.bias_of(task.b, a_.head(task.kv_head, r), i);
+      }
+      for (; j < end; ++j) block(task, i, {a_, task.b, task.kv_head, i, j * KEYS}, d_query, of_source);
+    }
+  }
+
+ private:
+  void block(const Task& task, int64_t i, const Block<T>& block, RowSums<T>& d_query, A* of_source) {
+    d_key_.clear();
+    d_value_.clear();
+    bool ready = false;
+    for (int64_t first = 0; first < a_.rows; first += ROWS) {
+      int64_t count = 0;  // rows that see anything
+      for (int64_t r = first; r < std::min(first + ROWS, a_.rows); r += k_.rows) {
+        const Viewers<T> v(seen_.data(), r, std::min({r + k_.rows, first + ROWS, a_.rows}), block);
+        if (v.count == 0) continue;
+        if (!ready) {
+          keys_.take(block.key, block.count);
+          values_.take(block.value, block.count);
+          key_lines_.take(block.key, block.count);
+          ready = true;
+        }
+        for (int64_t k = 0; k < v.count; ++k) {
+          query_[count + k] = a_.query_row(task.b, task.kv_head, v.row[k]);
+          grads_[count + k] = grad_.row(task.b, a_.head(task.kv_head, v.row[k]), v.row[k] % a_.queries);
+        }
+        weights(task, i, v, count, of_source);
+        if (needs_.query) d_query.add(v, block.count, ds_, count, key_lines_);
+        count += v.count;
+      }
+      if (count == 0) continue;
+      if (needs_.value[i]) add_transposed(d_value_, p_, count, block.count, grad_lines_, grads_);
+      if (needs_.key[i]) add_transposed(d_key_, ds_, count, block.count, query_lines_, query_);
+    }
+    for (int64_t j = 0; j < block.count; ++j) {
+      const int64_t to =
+          (task.b * a_.kv_heads + task.kv_head) * a_.key[i].rows + a_.of(task.b, i).place(block.first + j);
+      if (needs_.key[i]) d_key_.put(out_.key[i] + to * a_.depth, j, a_.scale, a_.depth);
+      if (needs_.value[i]) d_value_.put(out_.value[i] + to * a_.value_depth, j, 1, a_.value_depth);
+    }
+  }
+
+  // P and dS of a tile's rows, from row `to` of theirs on.
+  void weights(const Task& task, int64_t i, const Viewers<T>& v, int64_t to, A* of_source) {
+    const T* left[TileKernels<T>::MOST_ROWS];
+    v.fill(left, [&](int64_t k) { return query_[to + k]; });
+    keys_.multiply(logits_.data(), left, v.count, v.most);
+    v.fill(left, [&](int64_t k) { return grads_[to + k]; });
+    values_.multiply(d_weights_.data(), left, v.count, v.most);
+    for (int64_t k = 0; k < v.count; ++k) {
+      const int64_t r = v.row[k], at = a_.output_row(task.b, task.kv_head, r);
+      softmax_.softmax_backward(p_.row(to + k), ds_.row(to + k), logits_.data() + k * k_.columns,
+                                d_weights_.data() + k * k_.columns, k_.rows * k_.columns, v.keys[k], a_.scale,
+                                bias_[r], lse_[at], delta_[at],
+                                of_source ? of_source + (r * a_.sources + i) * 2 : nullptr);
+    }
+  }
+
+  // sums [keys] += weights[0 .. count).T @ rows
+  void add_transposed(RowSums<T>& sums, const Buffer<T>& weights, int64_t count, int64_t keys,
+                      Lines<T>& lines, const T* const* rows) {
+    lines.take(rows, count);
+    const T* from[ROWS];
+    for (int64_t k = 0; k < count; ++k) from[k] = weights.row(k);
+    const T* left[TileKernels<T>::MOST_ROWS];
+    const A* start[TileKernels<T>::MOST_ROWS];
+    for (int64_t i = 0; i < k_.rows; ++i) left[i] = left_.data() + i * k_.group;
+    for (int64_t j = 0; j < keys; j += k_.rows) {
+      k_.pack_left(left_.data(), from, j, count, std::min(k_.rows, KEYS - j));
+      for (int64_t p = 0; p < sums.panels(); ++p) {
+        for (int64_t i = 0; i < k_.rows; ++i) start[i] = sums.row(j, p) + i * k_.columns;
+        lines.multiply(sums.row(j, p), start, left, k_.rows * k_.group, k_.rows, p, count);
+      }
+    }
+  }
+
+  const Attention<T>& a_;
+  const Needs& needs_;
+  const Heads<T>& grad_;
+  const A *lse_, *delta_;
+  const Gradients<T>& out_;
+  const TileKernels<T>& k_ = tile_kernels<T>();
+  const AttentionKernels<T>& softmax_ = attention_kernels<T>();
+  Columns<T> keys_, values_;
+  Lines<T> key_lines_, query_lines_, grad_lines_;
+  RowSums<T> d_key_, d_value_;
+  std::vector<int64_t> seen_;
+  std::vector<A> bias_;
+  Buffer<A> logits_, d_weights_;
+  Buffer<T> p_, ds_, left_;
+  const T *query_[ROWS], *grads_[ROWS];
+};
+
+// Keys and values that no query of their sample sees have gradient 0.
+template <class T>
+void clear_hidden(const Attention<T>& a, const Needs& needs, const Gradients<T>& out) {
+  const int64_t heads = a.batch * a.kv_heads;
+  parallel_rows(heads, (a.depth + a.value_depth) * 256, [&](int64_t from, int64_t until) {
+    for (int64_t h = from; h < until; ++h)
+      for (int64_t i = 0; i < a.sources; ++i) {
+        const Keys& k = a.of(h / a.kv_heads, i);
+        const int64_t size = a.key[i].rows;
+        const auto clear = [&](int64_t s, int64_t end) {
+          if (needs.key[i]) std::fill_n(out.key[i] + (h * size + s) * a.depth, (end - s) * a.depth, T{});
+          if (needs.value[i])
+            std::fill_n(out.value[i] + (h * size + s) * a.value_depth, (end - s) * a.value_depth, T{});
+        };
+        int64_t next = 0;
+        for (const int64_t s : k.at) clear(next, s), next = s + 1;
+        clear(k.at.empty() ? k.count : next, size);
+      }
+  });
+}
+
+template <class A>
+A lse_gradient(const Tensor& grad_lse, int64_t b, int64_t h, int64_t l) {
+  return static_cast<const A*>(
+      grad_lse.data_ptr())[b * grad_lse.stride(0) + h * grad_lse.stride(1) + l * grad_lse.stride(2)];
+}
+
+// Of one key head h, from the sums of dS and P for each of its rows and sources. A row's dS add up to the
+// gradient of its lse, but for what rounding `out` has done to delta, which is taken out here: with few
+// sources the difference is all there is.
+template <class T, class A = typename wide<T>::type>
+void bias_gradient(const Attention<T>& a, int64_t h, const A* of_source, const Maybe& grad_lse, A* to) {
+  for (int64_t head = h * a.group; head < (h + 1) * a.group; ++head) {
+    std::vector<Wider<A>> sums(a.sources, 0);
+    for (int64_t l = 0; l < a.queries; ++l, of_source += a.sources * 2) {
+      Wider<A> rest = 0;
+      for (int64_t i = 0; i < a.sources; ++i) rest += of_source[i * 2];
+      if (grad_lse) rest -= lse_gradient<A>(*grad_lse, head / a.heads, head % a.heads, l);
+      for (int64_t i = 0; i < a.sources; ++i)
+        if (of_source[i * 2 + 1] != 0) sums[i] += of_source[i * 2] - rest * of_source[i * 2 + 1];
+    }
+    std::copy(sums.begin(), sums.end(), to + head * a.sources);
+  }
+}
+
+// [B, H, L]: sum of grad * out, less the gradient of lse
+template <class T, class A = typename wide<T>::type>
+Buffer<A> deltas(const Attention<T>& a, const Heads<T>& grad, const Maybe& grad_lse, const T* out) {
+  const int64_t rows = a.batch * a.heads * a.queries, n = a.value_depth;
+  Buffer<A> delta(rows, 1);
+  parallel_rows(rows, n, [&](int64_t from, int64_t until) {
+    std::vector<A> wide(n);
+    for (int64_t r = from; r < until; ++r) {
+      const int64_t b = r / a.queries / a.heads, h = r / a.queries % a.heads, l = r % a.queries;
+      std::fill(wide.begin(), wide.end(), 0);
+      row_kernels<T>().accumulate(wide.data(), 1, out + r * n, n);
+      *delta.row(r) = row_kernels<T>().dot(grad.row(b, h, l), wide.data(), n);
+      if (grad_lse) *delta.row(r) -= lse_gradient<A>(*grad_lse, b, h, l);
+    }
+  });
+  return delta;
+}
+
+template <class T>
+Tensors backward(const Attention<T>& a, const Tensor& grad_, const Maybe& grad_lse, const Tensor& out,
+                 const Tensor& lse, const std::vector<bool>& needs_) {
+  using A = typename wide<T>::type;
+  constexpr int64_t KEYS = AttentionKernels<T>::KEYS;
+  const Needs needs(needs_, a.sources);
+  const Heads<T> grad(grad_);
+  const Buffer<A> delta = deltas(a, grad, grad_lse, data<T>(out));
+
+  Tensors made;
+  Gradients<T> to;
+  const auto make = [&](bool needed, const Shape& shape) -> T* {
+    return needed ? data<T>(made.emplace_back(empty(shape, scalar_type<T>))) : nullptr;
+  };
+  to.query = make(needs.query, {a.batch, a.heads, a.queries, a.depth});
+  for (int64_t i = 0; i < a.sources; ++i)
+    to.key.push_back(make(needs.key[i], {a.batch, a.kv_heads, a.key[i].rows, a.depth}));
+  for (int64_t i = 0; i < a.sources; ++i)
+    to.value.push_back(make(needs.value[i], {a.batch, a.kv_heads, a.key[i].rows, a.value_depth}));
+  A* const d_bias =
+      needs.bias ? data<A>(made.emplace_back(empty({a.batch, a.heads, a.sources}, scalar_type<A>))) : nullptr;
+  clear_hidden(a, needs, to);
+
+  // One task a head, or where that leaves threads without, several that share its keys: their dQ are added
+  // up.
+  constexpr int64_t LEAST_BLOCKS = 4;
+  const int64_t heads = a.batch * a.kv_heads, wanted = 4 * torch::stable::get_num_threads();
+  int64_t blocks = 0;
+  for (int64_t b = 0; b < a.batch; ++b) {
+    int64_t own = 0;
+    for (int64_t i = 0; i < a.sources; ++i) own += parts(a.of(b, i).count, KEYS);
+    blocks = std::max(blocks, own);
+  }
+  const int64_t splits =
+      heads >= wanted || heads == 0 ? 1 : std::clamp<int64_t>(blocks / LEAST_BLOCKS, 1, parts(wanted, heads));
+  const int64_t span = std::max<int64_t>(parts(blocks, splits), 1);
+  std::vector<RowSums<T>> d_queries;
+  if (splits > 1)
+    for (int64_t k = 0; k < heads * splits; ++k) d_queries.emplace_back(a.rows, needs.query ? a.depth : 0);
+  const int64_t of_bias = needs.bias ? a.rows * a.sources * 2 : 0;
+  const Buffer<A> of_sources(heads * splits, of_bias);
+  const auto finish = [&](int64_t h, RowSums<T>* sums) {
+    A* const of_source = of_sources.row(h * splits);
+    for (int64_t s = 1; s < splits; ++s) {
+      for (int64_t r = 0; r < a.rows; ++r)
+        for (int64_t p = 0; p < sums->panels(); ++p)
+          row_kernels<A>().accumulate(sums->row(r, p), 1, sums[s].row(r, p), tile_kernels<T>().columns);
+      row_kernels<A>().accumulate(of_source, 1, of_sources.row(h * splits + s), of_bias);
+    }
+    if (needs.bias) bias_gradient(a, h, of_source, grad_lse, d_bias);
+    for (int64_t r = 0; needs.query && r < a.rows; ++r)
+      sums->put(to.query + a.output_row(h / a.kv_heads, h % a.kv_heads, r) * a.depth, r, a.scale, a.depth);
+  };
+  const int64_t cost = a.rows * std::min(span, blocks) * KEYS * 5 * (a.depth + a.value_depth) / 2;
+  take_turns(heads, splits, cost, [&](auto take) {
+    Worker<T> worker(a, needs, grad, data<A>(lse), delta.data(), to);
+    std::optional<RowSums<T>> own;
+    if (splits == 1) own.emplace(a.rows, needs.query ? a.depth : 0);
+    for (int64_t k; (k = take()) >= 0;) {
+      const int64_t h = k / splits, from = k % splits * span;
+      RowSums<T>& sums = splits == 1 ? *own : d_queries[k];
+      worker.run({h / a.kv_heads, h % a.kv_heads, from, from + span}, sums,
+                 needs.bias ? of_sources.row(k) : nullptr);
+      if (splits == 1) finish(h, &sums);
+    }
+  });
+  if (splits > 1)
+    parallel_rows(heads, a.rows * splits * a.depth, [&](int64_t from, int64_t until) {
+      for (int64_t h = from; h < until; ++h) finish(h, d_queries.data() + h * splits);
+    });
+  return made;
+}
+
+Tensors cross_attention_backward(Tensor grad, Maybe grad_lse, Tensor query, Tensors keys, Tensors values,
+                                 MaybeTensors lengths, MaybeTensors masks, Maybe present,
+                                 std::vector<bool> causal, Maybe source_bias, std::optional<double> scale,
+                                 Tensor out, Tensor lse, std::vector<bool> needs) {
+  const ScalarType type = query.scalar_type();
+  Tensors made = by_type(type, [&](auto zero, auto to) {
+    return backward<decltype(zero)>(
+        {to(query), to(keys), to(values), lengths, masks, present, causal, source_bias, scale}, to(grad),
+        grad_lse, to(torch::stable::contiguous(out)), torch::stable::contiguous(lse), needs);
+  });
+  if (type == ScalarType::Half)  // all but the gradient of the bias, which is as wide as the sums
+    for (size_t i = 0; i < made.size() - needs.back(); ++i) made[i] = cast(made[i], type);
+  return made;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
+  bind<&cross_attention_backward>(m, "cross_attention_backward.cpu");
+}
+
+}  // namespace mmfast

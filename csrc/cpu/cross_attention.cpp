@@ -4,8 +4,8 @@
 namespace mmfast {
 namespace {
 
-// What a part of the keys comes to for some rows of one head: sums of exp(logit - max) * value, and those of
-// exp(logit - max) for each source with the max of its time.
+// What a part of the keys comes to for some rows of one head: sums of 2^(x - max) * value, and those of
+// 2^(x - max) for each source with the max of its time, x being a logit in units of ln 2.
 template <class T, class A = typename wide<T>::type>
 struct Partial {
   int64_t lanes = attention_kernels<T>().lanes, sources;
@@ -67,7 +67,7 @@ class Worker {
       int64_t most = 0;
       for (int64_t r = 0; r < task.rows; ++r) {
         seen_[r] = a_.seen(task.b, task.kv_head, i, task.first + r);
-        bias_[r] = a_.bias_of(task.b, a_.head(task.kv_head, task.first + r), i);
+        bias_[r] = a_.bias_of(task.b, a_.head(task.kv_head, task.first + r), i) * LOG2_E<A>;
         most = std::max(most, seen_[r]);
       }
       for (end = std::min(end, parts(most, KEYS)); j < end; ++j) {
@@ -91,7 +91,7 @@ class Worker {
       const int64_t r = v.row[i];
       const A factor =
           softmax_.softmax(weights_.row(i), logits_.data() + i * k_.columns, k_.rows * k_.columns, v.keys[i],
-                           a_.scale, bias_[r], out.max.row(r), out.total.row(r));
+                           a_.scale2, bias_[r], out.max.row(r), out.total.row(r));
       if (factor != 1) out.sums.scale(r, factor);
     }
     out.sums.add(v, block.count, weights_, 0, values_);
@@ -128,13 +128,13 @@ Tensors forward(const Attention<T>& a, bool want_mass) {
       A max = *partials[0].max.row(r);
       for (int64_t s = 1; s < count; ++s) max = std::max(max, *partials[s].max.row(r));
       std::fill(of_source.begin(), of_source.end(), 0);
-      const auto factor = [max](A of) { return of == max ? A(1) : std::exp(of - max); };
+      const auto factor = [max](A of) { return of == max ? A(1) : std::exp2(of - max); };
       for (int64_t s = 0; s < count; ++s)
         for (int64_t i = 0; i < a.sources; ++i)
           if (const A sum = partials[s].source_total.row(r)[i]; sum != 0)
             of_source[i] += sum * factor(partials[s].source_max.row(r)[i]);
       const auto total = std::accumulate(of_source.begin(), of_source.end(), Wider<A>(0));
-      lse[to] = total == 0 ? -std::numeric_limits<A>::infinity() : max + std::log(total);
+      lse[to] = total == 0 ? -std::numeric_limits<A>::infinity() : max / LOG2_E<Wider<A>> + std::log(total);
       for (int64_t i = 0; mass && i < a.sources; ++i)
         mass[to * a.sources + i] = total == 0 ? 0 : of_source[i] / total;
       auto& sums = partials[0].sums;

@@ -50,6 +50,9 @@ struct Keys {
   int64_t place(int64_t j) const { return at.empty() ? j : at[j]; }
 };
 
+template <class A>
+constexpr A LOG2_E = A(1.4426950408889634074L);
+
 template <class T, class A = typename wide<T>::type>
 struct Attention {
   static constexpr int64_t KEYS = AttentionKernels<T>::KEYS;
@@ -60,7 +63,7 @@ struct Attention {
   int64_t group, rows;     // query heads of a key head; their queries together
   std::vector<Keys> keys;  // [B, n]
   std::vector<bool> causal;
-  A scale;
+  A scale, scale2;  // of the logits, and of the logits in units of ln 2, which the kernels take
   std::optional<Tensor> present, bias;
 
   Attention(const Tensor& query_, const Tensors& keys_, const Tensors& values, const MaybeTensors& lengths,
@@ -79,6 +82,7 @@ struct Attention {
         keys(batch * sources),
         causal(causal_),
         scale(scale_ ? *scale_ : 1 / std::sqrt(static_cast<double>(query_.size(3)))),
+        scale2((scale_ ? *scale_ : 1 / std::sqrt(static_cast<double>(query_.size(3)))) * LOG2_E<double>),
         present(present_),
         bias(bias_) {
     for (int64_t i = 0; i < sources; ++i) {

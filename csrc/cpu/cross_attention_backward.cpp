@@ -70,7 +70,7 @@ class Worker {
       before += blocks;
       for (int64_t r = 0; j < end && r < a_.rows; ++r) {
         seen_[r] = a_.seen(task.b, task.kv_head, i, r);
-        bias_[r] = a_.bias_of(task.b, a_.head(task.kv_head, r), i);
+        bias_[r] = a_.bias_of(task.b, a_.head(task.kv_head, r), i) * LOG2_E<A>;
       }
       for (; j < end; ++j) block(task, i, {a_, task.b, task.kv_head, i, j * KEYS}, d_query, of_source);
     }
@@ -122,8 +122,8 @@ class Worker {
     for (int64_t k = 0; k < v.count; ++k) {
       const int64_t r = v.row[k], at = a_.output_row(task.b, task.kv_head, r);
       softmax_.softmax_backward(p_.row(to + k), ds_.row(to + k), logits_.data() + k * k_.columns,
-                                d_weights_.data() + k * k_.columns, k_.rows * k_.columns, v.keys[k], a_.scale,
-                                bias_[r], lse_[at], delta_[at],
+                                d_weights_.data() + k * k_.columns, k_.rows * k_.columns, v.keys[k],
+                                a_.scale2, bias_[r], lse_[at] * LOG2_E<A>, delta_[at],
                                 of_source ? of_source + (r * a_.sources + i) * 2 : nullptr);
     }
   }
@@ -198,29 +198,45 @@ void bias_gradient(const Attention<T>& a, int64_t h, const A* of_source, const M
   for (int64_t head = h * a.group; head < (h + 1) * a.group; ++head) {
     std::vector<Wider<A>> sums(a.sources, 0);
     for (int64_t l = 0; l < a.queries; ++l, of_source += a.sources * 2) {
-      Wider<A> rest = 0;
-      for (int64_t i = 0; i < a.sources; ++i) rest += of_source[i * 2];
+      Wider<A> rest = 0, all = 0;
+      for (int64_t i = 0; i < a.sources; ++i) rest += of_source[i * 2], all += of_source[i * 2 + 1];
       if (grad_lse) rest -= lse_gradient<A>(*grad_lse, head / a.heads, head % a.heads, l);
       for (int64_t i = 0; i < a.sources; ++i)
-        if (of_source[i * 2 + 1] != 0) sums[i] += of_source[i * 2] - rest * of_source[i * 2 + 1];
+        if (of_source[i * 2 + 1] != 0) sums[i] += of_source[i * 2] - rest / all * of_source[i * 2 + 1];
     }
     std::copy(sums.begin(), sums.end(), to + head * a.sources);
   }
 }
 
-// [B, H, L]: sum of grad * out, less the gradient of lse
+// [B, H, L]: sum of grad * out, less the gradient of lse. The sum is made as those of grad * value are, on
+// the diagonal of a tile: a query that sees one key has out = value, and its dS is 0 to the bit.
 template <class T, class A = typename wide<T>::type>
 Buffer<A> deltas(const Attention<T>& a, const Heads<T>& grad, const Maybe& grad_lse, const T* out) {
-  const int64_t rows = a.batch * a.heads * a.queries, n = a.value_depth;
+  const auto& k = tile_kernels<T>();
+  const int64_t rows = a.batch * a.heads * a.queries;
   Buffer<A> delta(rows, 1);
-  parallel_rows(rows, n, [&](int64_t from, int64_t until) {
-    std::vector<A> wide(n);
-    for (int64_t r = from; r < until; ++r) {
-      const int64_t b = r / a.queries / a.heads, h = r / a.queries % a.heads, l = r % a.queries;
-      std::fill(wide.begin(), wide.end(), 0);
-      row_kernels<T>().accumulate(wide.data(), 1, out + r * n, n);
-      *delta.row(r) = row_kernels<T>().dot(grad.row(b, h, l), wide.data(), n);
-      if (grad_lse) *delta.row(r) -= lse_gradient<A>(*grad_lse, b, h, l);
+  parallel_rows(parts(rows, k.rows), k.rows * a.value_depth, [&](int64_t from, int64_t until) {
+    Columns<T> columns(a.value_depth, false);
+    Sums<T> sums;
+    const T *left[TileKernels<T>::MOST_ROWS], *right[TileKernels<T>::MOST_ROWS];
+    for (int64_t first = from * k.rows; first < std::min(until * k.rows, rows); first += k.rows) {
+      const int64_t count = std::min(k.rows, rows - first);
+      const auto at = [&](int64_t i, auto f) {
+        const int64_t r = first + std::min(i, count - 1);
+        return f(r / a.queries / a.heads, r / a.queries % a.heads, r % a.queries);
+      };
+      for (int64_t i = 0; i < k.rows; ++i) {
+        left[i] = at(i, [&](int64_t b, int64_t h, int64_t l) { return grad.row(b, h, l); });
+        right[i] = out + (first + std::min(i, count - 1)) * a.value_depth;
+      }
+      columns.take(right, count);
+      columns.multiply(sums.of, left, count, count);
+      for (int64_t i = 0; i < count; ++i) {
+        delta.data()[first + i] = sums.of[i * k.columns + i];
+        if (grad_lse)
+          delta.data()[first + i] -=
+              at(i, [&](int64_t b, int64_t h, int64_t l) { return lse_gradient<A>(*grad_lse, b, h, l); });
+      }
     }
   });
   return delta;

@@ -6,17 +6,17 @@
 
 namespace mmfast {
 
-// A row's logits for one block of keys, x = scale * s + bias, as products leave them: a panel's worth of s,
-// then `stride` elements on the next panel's.
+// A row's logits for one block of keys, x = scale * s + bias in units of ln 2, with s as products leave it: a
+// panel's worth, then `stride` elements on the next panel's.
 template <class T, class A = typename wide<T>::type>
 struct AttentionKernels {
   static constexpr int64_t KEYS = 64;  // of a block: whole panels in every instruction set
 
   int64_t lanes;  // of a vector of A
-  // One step of an online softmax: p = exp(x - max) for the first `count` keys, 0 for the rest of the block;
+  // One step of an online softmax: p = 2^(x - max) for the first `count` keys, 0 for the rest of the block;
   // sum [lanes] += p. Returns what everything before has to be multiplied with, since max grew.
   A (*softmax)(T* p, const A* s, int64_t stride, int64_t count, A scale, A bias, A* max, A* sum);
-  // p = exp(x - lse), ds = p * (dp - delta), both 0 from `count` on. Unless sums is null, sums[0] += the sum
+  // p = 2^(x - lse), ds = p * (dp - delta), both 0 from `count` on. Unless sums is null, sums[0] += the sum
   // of ds and sums[1] += that of p.
   void (*softmax_backward)(T* p, T* ds, const A* s, const A* dp, int64_t stride, int64_t count, A scale,
                            A bias, A lse, A delta, A* sums);

@@ -1,8 +1,6 @@
 // See attention.h. No torch header and no linkage but MM_ENTRY: see dispatch.h.
 #include "attention.h"
 
-#include <type_traits>
-
 #include "tiles.h"
 #include "vectors.h"
 
@@ -61,10 +59,9 @@ auto largest(V v) {
 // Which lanes of vector v of a row are among the first `count`.
 template <class T>
 auto among(int v, int64_t count) {
-  using lane = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
   decltype(Vec<T>{} < Vec<T>{}) at;
   for (int i = 0; i < lanes<T>; ++i) at[i] = v * lanes<T> + i;
-  return at < static_cast<lane>(count);
+  return at < static_cast<decltype(at[0] + 0)>(count);
 }
 
 // Vector v of a row that lies in panels.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mmfast.data.modality import Modality
 from mmfast.errors import UserError
-from mmfast.models.masking import masked_mean, valid
+from mmfast.nn.masking import masked_mean, valid
 
 
 class ArticleModel(nn.Module):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfast.models.masking import valid
+from mmfast.nn.masking import valid
 from mmfast.models.transformer import Transformer
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from mmfast.models.masking import masked_mean
+from mmfast.nn.masking import masked_mean
 from mmfast.nn import ConcatLinear
 
 Features = dict[str, tuple[Tensor, Tensor]]

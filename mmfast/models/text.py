@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mmfast.models.masking import valid
+from mmfast.nn.masking import valid
 from mmfast.models.transformer import Transformer
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfast.models.masking import valid
+from mmfast.nn.masking import valid
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from mmfast.models.article import ArticleModel
 from mmfast.models.build import build_model
 from mmfast.models.config import (
     ArticleConfig,
+    Attention,
     AudioTransformer,
     Concat,
     EncoderConfig,
@@ -17,6 +18,7 @@ from mmfast.models.model import FusionModel
 __all__ = [
     "ArticleConfig",
     "ArticleModel",
+    "Attention",
     "AudioTransformer",
     "Concat",
     "EncoderConfig",

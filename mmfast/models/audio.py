@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfast.nn.masking import valid
 from mmfast.models.transformer import Transformer
+from mmfast.nn.masking import valid
 
 
 class AudioEncoder(nn.Module):

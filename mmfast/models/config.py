@@ -13,7 +13,7 @@ from torch import nn
 from mmfast.data.modality import Modality
 from mmfast.errors import UserError
 from mmfast.models.audio import AudioEncoder
-from mmfast.models.fusion import ConcatFusion
+from mmfast.models.fusion import AttentionFusion, ConcatFusion
 from mmfast.models.image import ImageEncoder
 from mmfast.models.text import TextEncoder
 
@@ -27,7 +27,10 @@ class EncoderConfig(ABC):
 
 
 class FusionConfig(ABC):
-    """Describes a fusion: a module with ``dim`` and ``forward(features, present) -> [B, dim]``."""
+    """Describes a fusion: a module with ``dim`` and ``forward(features, present) -> [B, dim]``.
+
+    It may also return how much of it each modality got, [B, n], after the fused vector.
+    """
 
     @abstractmethod
     def build(self, dims: Mapping[str, int]) -> nn.Module:
@@ -122,6 +125,32 @@ class Concat(FusionConfig):
     def build(self, dims: Mapping[str, int]) -> nn.Module:
         """The fusion of sequences of these widths."""
         return ConcatFusion(dims, self.dim, self.activation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(FusionConfig):
+    """Learned queries look at every step of every modality in one softmax: ``mmfast.nn.CrossModalBlock``.
+
+    Attributes:
+        dim: width of the queries and of the fused vector.
+        heads: of the attention; must divide ``dim``.
+        queries: how many there are; the fused vector is their mean.
+        layers: how many blocks they go through.
+    """
+
+    dim: int = 256
+    heads: int = 4
+    queries: int = 8
+    layers: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        _positive(self, queries=self.queries)
+        _check_transformer(self, self.dim, self.layers, self.heads)
+
+    def build(self, dims: Mapping[str, int]) -> nn.Module:
+        """The fusion of sequences of these widths."""
+        return AttentionFusion(dims, self.dim, self.heads, self.queries, self.layers)
 
 
 @dataclass(frozen=True, kw_only=True)

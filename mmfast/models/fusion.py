@@ -2,15 +2,16 @@
 
 A fusion's ``forward(features, present)`` gets the encoders' ``{name: (sequence [B, T, D], lengths [B])}`` in
 the order it was built for and ``present`` bool [B, n] in the same order. What is absent must not reach its
-output.
+output. A fusion by attention also returns how much of it each modality got, [B, n].
 """
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
+from mmfast.nn import ConcatLinear, CrossModalBlock
 from mmfast.nn.masking import masked_mean
-from mmfast.nn import ConcatLinear
 
 Features = dict[str, tuple[Tensor, Tensor]]
 
@@ -28,3 +29,32 @@ class ConcatFusion(nn.Module):
         """``{name: ([B, T, D], [B])}``, bool [B, n] -> [B, dim]; with nothing present the bias alone."""
         means = [masked_mean(sequence, lengths) for sequence, lengths in features.values()]
         return self.project(means, present=present)
+
+
+class AttentionFusion(nn.Module):
+    """Learned queries look at the steps of all modalities in one softmax; their mean is the fused vector."""
+
+    def __init__(self, dims: Mapping[str, int], dim: int, heads: int, queries: int, layers: int) -> None:
+        """``dims``: width of each modality's sequence; ``dim``: of the queries and of the fused vector."""
+        super().__init__()
+        self.dim = dim
+        self.queries = nn.Parameter(nn.init.normal_(torch.empty(queries, dim), std=0.02))
+        self.blocks = nn.ModuleList(
+            CrossModalBlock(dim, heads, dims, gate=None, norm_sources=True, qk_norm=True)
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, features: Features, present: Tensor) -> tuple[Tensor, Tensor]:
+        """``{name: ([B, T, D], [B])}``, bool [B, n] -> [B, dim] and the modalities' shares [B, n].
+
+        Shares are means over queries, heads and layers; they add up to 1, or to 0 where nothing is present.
+        """
+        sequences = {name: sequence for name, (sequence, _) in features.items()}
+        lengths = {name: length for name, (_, length) in features.items()}
+        x = self.queries.expand(len(present), -1, -1)  # [B, queries, dim]
+        shares = []
+        for block in self.blocks:
+            x, stats = block(x, sequences, lengths=lengths, present=present, return_stats=True)
+            shares.append(stats.mass.mean(dim=(1, 2)))
+        return self.norm(x).mean(dim=1), torch.stack(shares).mean(dim=0)

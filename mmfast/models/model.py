@@ -29,7 +29,8 @@ class FusionModel(nn.Module):
 
         Args:
             encoders: name -> module with ``forward(x, lengths) -> (sequence [B, T, D], lengths [B])``.
-            fusion: module with ``forward(features, present) -> [B, dim]``.
+            fusion: module with ``forward(features, present) -> [B, dim]``, or with each modality's share
+                [B, n] after it.
             heads: name -> module [B, dim] -> [B, C].
             modalities: the columns of a batch's ``lengths`` and ``present``; the encoders' order when None.
             dropout: on the fused vector.
@@ -45,7 +46,10 @@ class FusionModel(nn.Module):
         self.columns = [columns.index(name) for name in encoders]
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch of ``mmfast.data`` -> ``{head: logits [B, C]}``."""
+        """A batch of ``mmfast.data`` -> ``{head: logits [B, C]}``.
+
+        Where the fusion tells the modalities' shares, ``share/{modality}`` [B] stand beside the heads.
+        """
         present = torch.stack([batch["present"][:, i] for i in self.columns], dim=1)  # [B, n]
         if self.training and self.modality_dropout > 0:
             present = drop_modalities(present, self.modality_dropout)
@@ -53,8 +57,12 @@ class FusionModel(nn.Module):
         for i, (name, encoder) in enumerate(self.encoders.items()):
             lengths = torch.where(present[:, i], batch["lengths"][:, self.columns[i]], 0)
             features[name] = encoder(batch[name], lengths)
-        fused = F.dropout(self.fusion(features, present), self.dropout, self.training)
-        return {name: head(fused) for name, head in self.heads.items()}
+        fused, *shares = fused if isinstance(fused := self.fusion(features, present), tuple) else (fused,)
+        fused = F.dropout(fused, self.dropout, self.training)
+        output = {name: head(fused) for name, head in self.heads.items()}
+        for share in shares:
+            output |= {f"share/{name}": share[:, i] for i, name in enumerate(self.encoders)}
+        return output
 
 
 def drop_modalities(present: Tensor, chance: float) -> Tensor:

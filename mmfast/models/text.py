@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from mmfast.nn.masking import valid
 from mmfast.models.transformer import Transformer
+from mmfast.nn.masking import valid
 
 
 class TextEncoder(nn.Module):

@@ -214,7 +214,13 @@ class Trainer:
         sums = [
             torch.zeros(2 + len(t.scores), dtype=torch.float64, device=self.world.device) for t in self.tasks
         ]
+        shares: dict[str, Tensor] = {}  # of the attention that each modality got, where the model tells
         for batch, output in self._outputs(model, data, split, only):
+            real = batch["id"] >= 0
+            for name, share in output.items():
+                if name.startswith("share/"):
+                    pair = torch.stack([share[real].double().sum(), real.sum().double()])
+                    shares[name] = shares[name] + pair if name in shares else pair
             for task, total in zip(self.tasks, sums, strict=True):
                 y = output[task.head]
                 terms = (
@@ -223,7 +229,7 @@ class Trainer:
                     *(score(y, batch) for score in task.scores.values()),
                 )
                 total += torch.stack([term.double() for term in terms])
-        dist.all_reduce(flat := torch.cat(sums))
+        dist.all_reduce(flat := torch.cat([*sums, *shares.values()]))
         metrics: dict[str, float] = {}
         whole, values = 0.0, iter(flat.tolist())
         for task in self.tasks:
@@ -235,6 +241,7 @@ class Trainer:
             metrics |= {f"{prefix}{name}": next(values) / count for name in task.scores}
             metrics |= {f"{prefix}loss": loss, f"{prefix}count": count}
             whole += task.weight * loss
+        metrics |= {name: next(values) / max(next(values), 1) for name in shares}
         return metrics | {"loss": whole}
 
     @torch.no_grad()

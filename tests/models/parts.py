@@ -1,12 +1,13 @@
 """Small models and batches for the tests of ``mmfast.models``."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from mmfast.data.modality import Audio, Image, Modality, Text
 from mmfast.models import (
     ArticleConfig,
+    Attention,
     AudioTransformer,
     Concat,
     ImageResNet,
@@ -38,7 +39,8 @@ CONFIG = ModelConfig(
     fusion=Concat(dim=16),
     dropout=0.0,
 )
-CONFIGS = {"fusion": CONFIG, "article": ArticleConfig(dim=16)}
+ATTENTION = replace(CONFIG, fusion=Attention(dim=16, heads=2, queries=3, layers=2))
+CONFIGS = {"fusion": CONFIG, "attention": ATTENTION, "article": ArticleConfig(dim=16)}
 
 
 def make(config=CONFIG, data=None, seed=0, dtype=torch.float32):

@@ -1,25 +1,25 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from parts import CONFIG, CONFIGS, Data, gradients, make, make_batch, poison
+from parts import ATTENTION, CONFIG, CONFIGS, Data, gradients, make, make_batch, poison
 
 from mmfast.models import FusionModel
 from mmfast.models.model import drop_modalities
 
-both = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 
 
-@both
+@every_config
 @every_dtype
 def test_logits_of_every_head_in_the_models_dtype(config, dtype):
     logits = make(config, dtype=dtype)(make_batch(dtype=dtype))
-    assert list(logits) == ["label"]
+    assert [name for name in logits if not name.startswith("share/")] == ["label"]
     assert logits["label"].shape == (5, 4) and logits["label"].dtype == dtype
     assert logits["label"].isfinite().all()  # row 4 has nothing present
 
 
-@both
+@every_config
 @every_dtype
 def test_padding_and_absence_cannot_reach_the_output_or_a_gradient(config, dtype):
     model, batch = make(config, dtype=dtype), make_batch(dtype=dtype)
@@ -37,7 +37,7 @@ def test_poison_does_poison_where_it_is_visible():
     assert logits.isnan().all(dim=1).tolist() == [True] * 5
 
 
-@both
+@every_config
 def test_more_padding_changes_nothing(config):
     model, batch = make(config, dtype=torch.float64), make_batch(dtype=torch.float64)
     longest = batch["lengths"].amax(dim=0).tolist()
@@ -45,7 +45,7 @@ def test_more_padding_changes_nothing(config):
     torch.testing.assert_close(model(cut), model(batch), rtol=1e-12, atol=1e-12)
 
 
-@both
+@every_config
 def test_rows_know_nothing_of_each_other(config):
     model, batch = make(config, dtype=torch.float64), make_batch(dtype=torch.float64)
     order = torch.tensor([3, 1, 4, 0, 2])
@@ -53,7 +53,7 @@ def test_rows_know_nothing_of_each_other(config):
     torch.testing.assert_close(shuffled, model(batch)["label"][order], rtol=1e-12, atol=1e-12)
 
 
-@both
+@every_config
 def test_a_sample_alone_gets_the_answer_it_gets_in_a_batch(config):
     model, batch = make(config, dtype=torch.float64), make_batch(dtype=torch.float64)
     together = model(batch)["label"]
@@ -62,7 +62,7 @@ def test_a_sample_alone_gets_the_answer_it_gets_in_a_batch(config):
         torch.testing.assert_close(alone[0], together[row], rtol=1e-12, atol=1e-12)
 
 
-@both
+@every_config
 @every_dtype
 def test_zero_rows_forward_and_backward(config, dtype):
     model, batch = make(config, dtype=dtype), make_batch(dtype=dtype)
@@ -72,7 +72,7 @@ def test_zero_rows_forward_and_backward(config, dtype):
         assert grad is not None and not grad.any(), name
 
 
-@both
+@every_config
 def test_a_batch_in_which_nobody_has_a_modality_is_finite(config):
     model, batch = make(config), make_batch()
     batch["present"][:] = False
@@ -81,14 +81,14 @@ def test_a_batch_in_which_nobody_has_a_modality_is_finite(config):
     assert logits.isfinite().all() and all(g.isfinite().all() for g in grads.values())
 
 
-@both
+@every_config
 def test_gradients_flow_to_every_parameter(config):
     _, grads = gradients(make(config), make_batch())
     for name, grad in grads.items():
         assert grad is not None and grad.isfinite().all() and grad.any(), name
 
 
-@both
+@every_config
 def test_the_same_seed_makes_the_same_weights(config):
     first, second, other = make(config, seed=3), make(config, seed=3), make(config, seed=4)
     for (name, a), b, c in zip(
@@ -98,13 +98,13 @@ def test_the_same_seed_makes_the_same_weights(config):
         assert not torch.equal(a, c) or a.unique().numel() == 1, name  # norms and zero biases are constants
 
 
-@both
+@every_config
 def test_every_parameter_can_be_sharded(config):
     for name, parameter in make(config).named_parameters():
         assert parameter.dim() > 0 and parameter.is_contiguous(), name
 
 
-@both
+@every_config
 def test_compiles_as_one_graph_and_never_again(config):
     torch._dynamo.reset()
     model = make(config)
@@ -151,6 +151,15 @@ def test_a_subset_of_modalities_reads_its_own_columns():
     assert torch.equal(model(changed)["label"], logits)
 
 
+def test_attention_tells_the_share_of_each_modality():
+    output = make(ATTENTION)(make_batch())
+    shares = torch.stack([output[f"share/{name}"] for name in ATTENTION.encoders], dim=1)  # [B, n]
+    present = make_batch()["present"]
+    assert torch.equal(shares > 0, present)
+    torch.testing.assert_close(shares.sum(dim=1), present.any(dim=1).float())
+    assert not shares.requires_grad
+
+
 def test_any_encoder_fusion_and_head_fit_in():
     class Sum(torch.nn.Module):
         def forward(self, features, present):
@@ -194,7 +203,7 @@ def test_modality_dropout_is_for_training_only_and_follows_torchs_seed():
     assert torch.equal(model(batch)["label"], make()(batch)["label"])
 
 
-@both
+@every_config
 def test_learns_a_toy_problem_in_which_every_modality_is_needed(config):
     """The class is the parity of a bright image, a word and a loud end: no two modalities know it."""
     data = Data(num_classes=2)

@@ -21,6 +21,23 @@ def test_metrics_are_those_of_the_whole_split_at_any_batch_size(tmp_path, batch_
     assert metrics["loss"] == pytest.approx(expected, abs=1e-12)
 
 
+def test_shares_are_means_over_the_samples_of_the_split(tmp_path):
+    class Sharing(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch):
+            return self.model(batch) | {"share/image": batch["present"][:, 0] * (1.0 + batch["id"])}
+
+    config = toy_config(tmp_path, batch_size=8)
+    data = ToyData()
+    rows = next(iter(data.loader("test", batch_size=SIZES["test"], train=False)))
+    metrics = Trainer(config, quiet=True).test(Sharing(toy_model(config)), data)
+    wanted = (rows["present"][:, 0] * (1.0 + rows["id"])).mean().item()
+    assert metrics["share/image"] == pytest.approx(wanted, rel=1e-6)
+
+
 def test_only_reports_the_other_modalities_absent(tmp_path):
     config = toy_config(tmp_path)
     model, data, trainer = toy_model(config), ToyData(), Trainer(config, quiet=True)

@@ -103,8 +103,8 @@ def _lengths(mix: Mix, seed: int) -> list[Tensor | None]:
     for i, size in enumerate(mix.keys):
         if mix.absent == "streams":  # shifted from source to source, so that no sample has none
             made.append(((order + i * mix.batch // 4) % mix.batch < mix.batch // 2) * size)
-        else:  # pairs of samples that have `size` keys together
-            half = torch.randint(0, size + 1, (mix.batch // 2,), generator=generator)
+        else:  # pairs of samples that have `size` keys together, each at least one
+            half = torch.randint(1, size, (mix.batch // 2,), generator=generator)
             pairs = torch.cat([half, size - half])
             made.append(pairs[torch.randperm(mix.batch, generator=generator)])
     return made

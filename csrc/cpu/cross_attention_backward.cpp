@@ -232,7 +232,8 @@ Buffer<A> deltas(const Attention<T>& a, const Heads<T>& grad, const Maybe& grad_
       columns.take(right, count);
       columns.multiply(sums.of, left, count, count);
       for (int64_t i = 0; i < count; ++i) {
-        delta.data()[first + i] = sums.of[i * k.columns + i];
+        // a narrow tile's diagonal goes on in its next panel
+        delta.data()[first + i] = sums.of[(i / k.columns * k.rows + i) * k.columns + i % k.columns];
         if (grad_lse)
           delta.data()[first + i] -=
               at(i, [&](int64_t b, int64_t h, int64_t l) { return lse_gradient<A>(*grad_lse, b, h, l); });

@@ -1,4 +1,4 @@
-# make demo | test | install | bench | tune | lint | gpu ; a second call does only what has changed
+# make demo | test | sanitize | install | bench | tune | lint | gpu ; a second call does only what has changed
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +7,7 @@ NATIVE := CMakeLists.txt setup.py $(wildcard csrc/*/* csrc/*/*/*)
 BUILD_NEEDS := setuptools wheel cmake ninja pybind11 torch numpy
 DEMO ?=
 
-.PHONY: install demo test bench tune lint format gpu wheel clean prerequisites
+.PHONY: install demo test sanitize bench tune lint format gpu wheel clean prerequisites
 .DELETE_ON_ERROR:
 
 install: $(VENV)/native.stamp
@@ -36,6 +36,20 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -q
+
+# The ops' tests over a CPU library built with GCC's AddressSanitizer and UndefinedBehaviorSanitizer, which see no masked
+# AVX-512 load: hence plain C++ too. Left out: Triton's interpreter, which enters no native kernel; tests that measure
+# memory, of which the sanitizer takes some; and leaks, which are Python's and torch's.
+SANITIZED := $(CURDIR)/build/sanitize
+sanitize: install
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DMMFAST_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
+	$(BIN)/cmake --build $(SANITIZED) --target mmfast_cpu
+	export LD_PRELOAD=$$(ldd $(SANITIZED)/libmmfast_cpu.so | awk '/libasan|libstdc/ {print $$3}' | paste -sd:) && \
+	export MMFAST_NATIVE=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
+	$(BIN)/python -c 'from mmfast import _native; _native.isa()' && for isa in plain ""; do \
+	  MMFAST_ISA=$$isa $(BIN)/python -m pytest -q --capture=sys tests/ops -k "not triton" -m "not memory" || exit 1; \
+	done
 
 bench: install
 	$(BIN)/python -m pytest -q mmfast/bench --benchmark-only --benchmark-columns=median,iqr,rounds

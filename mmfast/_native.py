@@ -1,6 +1,10 @@
-"""Loads the native libraries that are there, and remembers why one is not."""
+"""Loads the native libraries that are there, and remembers why one is not.
+
+They lie beside this file, or where ``MMFAST_NATIVE`` in the environment says, as in ``make sanitize``.
+"""
 
 import ctypes
+import os
 from pathlib import Path
 
 import torch
@@ -10,7 +14,7 @@ _loaded: dict[str, ctypes.CDLL] = {}
 
 
 def _load(name: str, *, wanted: bool = True) -> bool:
-    path = Path(__file__).parent / f"lib{name}.so"
+    path = Path(os.environ.get("MMFAST_NATIVE") or Path(__file__).parent) / f"lib{name}.so"
     if not path.exists():
         missing[name] = "not built"
     elif not wanted:

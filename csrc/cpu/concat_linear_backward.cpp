@@ -33,10 +33,11 @@ std::vector<A> row_sums(const RowKernels<T>& kernels, const Matrix<const T>& g, 
   parallel_rows(parts.size(), PART * g.columns, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k)
       for (int64_t i = parts[k].begin; i < parts[k].end; ++i)
-        kernels.accumulate(&partial[k * g.columns], scale(order[i]), g.row(order[i]), g.columns);
+        kernels.accumulate(partial.data() + k * g.columns, scale(order[i]), g.row(order[i]), g.columns);
   });
   for (size_t k = 0; k < parts.size(); ++k)
-    row_kernels<A>().accumulate(&sums[parts[k].own * g.columns], 1, &partial[k * g.columns], g.columns);
+    row_kernels<A>().accumulate(sums.data() + parts[k].own * g.columns, 1, partial.data() + k * g.columns,
+                                g.columns);
   return sums;
 }
 
@@ -72,7 +73,7 @@ struct Backward {
     const auto& [sizes, sums] = *shared_sums.begin();
     std::vector<A> out(p.width, 0);
     for (int64_t q = 0; q < mmfast::product(sizes); ++q)
-      row_kernels<A>().accumulate(out.data(), 1, &sums[q * p.width], p.width);
+      row_kernels<A>().accumulate(out.data(), 1, sums.data() + q * p.width, p.width);
     return out;
   }
 
@@ -146,9 +147,10 @@ struct Backward {
             [&](int64_t r) { return rstd[r] * (p.mean(i, r) - mean[r]); });
       for (int64_t o = 0; o < p.width; ++o) {
         const T* w = p.weight.row(o) + s.column;
-        p.kernels.norm_weights(dweight + o * p.depth + s.column, &dnorm_weight[s.column], w, k[o], dbias[o],
-                               p.norm_weight_of(s), p.norm_bias ? p.norm_bias + s.column : nullptr, s.depth);
-        p.kernels.accumulate(&dnorm_bias[s.column], dbias[o], w, s.depth);
+        p.kernels.norm_weights(dweight + o * p.depth + s.column, dnorm_weight.data() + s.column, w, k[o],
+                               dbias[o], p.norm_weight_of(s), p.norm_bias ? p.norm_bias + s.column : nullptr,
+                               s.depth);
+        p.kernels.accumulate(dnorm_bias.data() + s.column, dbias[o], w, s.depth);
       }
     }
     if (needs[n + 2]) p.kernels.narrow(grads[n + 2], dnorm_weight.data(), p.depth);
@@ -243,13 +245,13 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensor& weigh
     g = dz.emplace(p.rows, width).data();
     parallel_rows((p.rows + PART - 1) / PART, PART * width, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin * PART; r < std::min(end * PART, p.rows); ++r)
-        p.kernels.epilogue_backward(dz->row(r), parts ? &partial[r / PART * out_width] : nullptr,
+        p.kernels.epilogue_backward(dz->row(r), parts ? partial.data() + r / PART * out_width : nullptr,
                                     data<T>(grad) + r * out_width, data<T>(*preact) + r * width,
                                     gate.empty() ? nullptr : gate.data(), activation, out_width);
     });
     if (needs[n + 4]) {
       for (int64_t k = 0; k < parts; ++k)
-        row_kernels<A>().accumulate(dgate.data(), 1, &partial[k * out_width], out_width);
+        row_kernels<A>().accumulate(dgate.data(), 1, partial.data() + k * out_width, out_width);
       for (int64_t o = 0; o < out_width; ++o) dgate[o] *= 1 - gate[o] * gate[o];
       if (gate_->numel() == 1)
         for (int64_t o = 1; o < out_width; ++o) dgate[0] += dgate[o];

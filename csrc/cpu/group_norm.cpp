@@ -197,8 +197,8 @@ Tensors backward(const Tensor& grad_, const Tensor& input, int64_t groups, const
       const T* const y = out ? data<T>(*out) + s * size : nullptr;
       const A* const mu = data<A>(mean) + s * groups;
       const A* const sigma = data<A>(rstd) + s * groups;
-      A* const dweight = &dweights[s * C];
-      A* const dbias = &dbiases[s * C];
+      A* const dweight = dweights.data() + s * C;
+      A* const dbias = dbiases.data() + s * C;
       for (int64_t c = 0; c < C; ++c) centre[c] = mu[c / width];
       if (needs[0] || needs[1] || needs[2])
         layout.each_part([&](const Part& p) {

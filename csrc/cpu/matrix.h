@@ -72,8 +72,9 @@ class Buffer {
     constexpr size_t LINE = 64;
     const size_t bytes = rows * columns * sizeof(T);
     if (bytes == 0) return;
-    memory_.reset(static_cast<T*>(std::aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE)));
-    if (!memory_) throw std::bad_alloc();
+    void* memory;  // aligned_alloc wants whole lines, and what lies past the end would be allowed
+    if (posix_memalign(&memory, LINE, bytes)) throw std::bad_alloc();
+    memory_.reset(static_cast<T*>(memory));
   }
   T* data() const { return memory_.get(); }
   T* row(int64_t r) const { return data() + r * columns_; }

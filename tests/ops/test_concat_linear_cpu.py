@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,7 @@ print(*step(32))
 """
 
 
+@pytest.mark.memory
 def test_all_dense_makes_no_concatenated_tensor():
     """[32, 196, 1408] in float32 is 34 MiB; the output 18 MiB; all gradients 34 + 4 MiB."""
     forward, backward = map(float, python(PEAK.replace("BACKEND", "cpu")).split())
@@ -193,6 +195,7 @@ def test_all_dense_makes_no_concatenated_tensor():
     assert backward < 37.6 + 10, backward
 
 
+@pytest.mark.memory
 def test_a_peer_that_concatenates_is_seen_to():
     forward, _ = map(float, python(PEAK.replace("BACKEND", "reference")).split())
     assert forward > 18.4 + 30, forward
@@ -200,7 +203,7 @@ def test_a_peer_that_concatenates_is_seen_to():
 
 def test_files_for_wide_instruction_sets_leak_no_symbol():
     """An inline function compiled for AVX-512 could be the copy that the linker keeps for every processor."""
-    objects = sorted((ROOT / "build").glob("*/CMakeFiles/simd_*.dir/**/*.o"))
+    objects = sorted((ROOT / "build" / sys.implementation.cache_tag).glob("CMakeFiles/simd_*.dir/**/*.o"))
     if not (objects and shutil.which("nm")):
         pytest.skip("installed without its build folder, or no nm")
     for path in objects:

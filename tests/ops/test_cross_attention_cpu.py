@@ -144,6 +144,7 @@ CASES = {
 }
 
 
+@pytest.mark.memory
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_forward_and_backward_hold_little_beside_inputs_outputs_and_gradients(case):
     """In float32 the keys of one source are 16 MiB: not even they are copied whole."""
@@ -151,6 +152,7 @@ def test_forward_and_backward_hold_little_beside_inputs_outputs_and_gradients(ca
     assert used < held + 14, (used, held)
 
 
+@pytest.mark.memory
 def test_a_definition_that_concatenates_is_seen_to():
     used, held = peak(BACKEND="reference", QUERIES=512, KEYS=512, **CASES["float32"])
     assert used > held + 64, (used, held)

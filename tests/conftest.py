@@ -4,12 +4,30 @@ compiler where there is none.
 
 import os
 import shutil
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def patch_the_language_once_a_launch():
+    """The interpreter puts its own functions into Triton's language, and does so again at each call of a device
+    function, which takes half of its time. Once, for all that a kernel may call, is enough.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, both = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    interpreter._patch_lang = lambda fn: patch(both)
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    patch_the_language_once_a_launch()
 
 
 def pytest_runtest_setup(item):

@@ -28,7 +28,7 @@ class Compiled(NamedTuple):
 
 
 def compile_for(capability: int, kind: str) -> list[Compiled]:
-    """Every kernel of ``concat_linear`` for one GPU generation; kind is half, tf32 or ieee.
+    """Every kernel of ``concat_linear`` and ``cross_attention`` for one GPU generation; kind is half, tf32 or ieee.
 
     Once with the untuned block sizes and once with each device's of that generation in the committed table.
     """
@@ -51,9 +51,6 @@ def compile_for(capability: int, kind: str) -> list[Compiled]:
     from mmfast.kernels import _launch
     from mmfast.ops._backend import TABLE
 
-    tuned = [
-        e for e in TABLE["concat_linear"].values() if e.get("capability") == capability and "triton" in e
-    ]
     torch.backends.cuda.matmul.fp32_precision = "tf32" if kind == "tf32" else "ieee"
     compiled, case, run = {}, "", JITFunction.run
 
@@ -64,15 +61,19 @@ def compile_for(capability: int, kind: str) -> list[Compiled]:
 
     JITFunction.run = compile_only
     _launch.capability = lambda device: capability
-    for entry in [{}, *tuned]:
-        _launch.measured = lambda op, device, entry=entry: entry
-        for name, launch in cases(torch.bfloat16 if kind == "half" else torch.float32):
-            case = name
-            launch()
+    dtype = torch.bfloat16 if kind == "half" else torch.float32
+    for op, cases in (("concat_linear", concat_linear_cases), ("cross_attention", cross_attention_cases)):
+        entries = TABLE[op].values()
+        tuned = [e for e in entries if e.get("capability") == capability and "triton" in e]
+        for entry in [{}, *tuned]:
+            _launch.measured = lambda op, device, entry=entry: entry
+            for name, launch in cases(dtype):
+                case = name
+                launch()
     return list(compiled.values())
 
 
-def cases(dtype):
+def concat_linear_cases(dtype):
     """Calls that between them reach every kernel with all that it can be asked for."""
     import torch
 
@@ -101,6 +102,45 @@ def cases(dtype):
     yield "pooled swiglu present", lambda: launch(mixed, 768, "swiglu", True, False)
     yield "norm gelu present", lambda: launch([(32, 196, 768), (32, 196, 128)], 768, "gelu", True, True)
     yield "few rows", lambda: launch([(32, 768), (32, 512)], 768, "none", True, False)
+
+
+def cross_attention_cases(dtype):
+    """Each class of depths once with all that a kernel can be asked for, and once with next to nothing; the most
+    common one also with what fills a batch of documents.
+    """
+    import torch
+
+    from mmfast.kernels.cross_attention import cross_attention, cross_attention_backward
+
+    def launch(
+        depth, sources, *, lengths=False, masks=False, present=0, causal=False, bias=False, stats=False
+    ):
+        batch, heads, queries, size = 2, 8, 192, 320
+        query = torch.empty(batch, queries, heads, depth, dtype=dtype).transpose(1, 2)
+        keys, values = (
+            [torch.empty(batch, size, 2, depth, dtype=dtype).transpose(1, 2) for _ in range(sources)]
+            for _ in range(2)
+        )
+        visible = (
+            [torch.ones(batch, dtype=torch.int64) if lengths else None] * sources,
+            [torch.ones(batch, size, dtype=torch.bool) if masks else None] * sources,
+            torch.ones(batch, *([queries] if present == 3 else []), sources, dtype=torch.bool)
+            if present
+            else None,
+            [causal] * sources,
+            torch.empty(batch, heads, sources) if bias else None,
+            None,
+        )
+        out, lse, *_ = cross_attention(query, keys, values, *visible, stats)
+        needs = [True] * (1 + 2 * sources) + [bias]
+        grad_lse = torch.empty_like(lse) if stats else None
+        cross_attention_backward(out, grad_lse, query, keys, values, *visible, out, lse, needs)
+
+    everything = {"lengths": True, "masks": True, "present": 3, "causal": True, "bias": True, "stats": True}
+    for depth in (64, 128, 256):
+        yield f"depth {depth}, one source", lambda depth=depth: launch(depth, 1)
+        yield f"depth {depth}, everything", lambda depth=depth: launch(depth, 4, **everything)
+    yield "depth 128, lengths and presence", lambda: launch(128, 4, lengths=True, present=2, bias=True)
 
 
 def report(kernel, case: str, capability: int, kind: str) -> Compiled:

@@ -85,18 +85,19 @@ def assert_promised(actual, meant, own_error, name="", largest=None):
     assert error <= bound, f"{name}: error {error:.3g}, promised {bound:.3g}"
 
 
-def check(op, reference, arguments, dtype, upstreams=1):
+def check(op, reference, arguments, dtype, upstreams=1, runs=None):
     """Runs ``op`` and ``reference`` on the same numbers and compares outputs and gradients as promised.
 
     What the reference itself loses in float64 cannot be seen in float64: it is taken from float32, in the
     proportion of the two eps. It is the most of what it loses under several random upstream gradients: where few
-    numbers are summed it may be next to nothing under one of them, by luck.
+    numbers are summed it may be next to nothing under one of them, by luck. ``op`` runs under the first few of them
+    where running it takes long.
     """
     seen = torch.float32 if dtype == torch.float64 else dtype
     rounded = cast(arguments, seen)
     results = [
         (
-            run(op, cast(rounded, dtype), seed),
+            run(op, cast(rounded, dtype), seed) if seed < (runs or upstreams) else None,
             run(reference, cast(rounded, torch.float64), seed),
             run(reference, cast(rounded, seen), seed),
         )
@@ -105,7 +106,7 @@ def check(op, reference, arguments, dtype, upstreams=1):
     for name in results[0][0]:
         own = max(worst(same[name].double() - meant[name]) for _, meant, same in results)
         largest = max(worst(meant[name]) for _, meant, _ in results)
-        for actual, meant, _ in results:
+        for actual, meant, _ in results[:runs]:
             assert actual[name].dtype == dtype, f"{name}: {actual[name].dtype}, wanted {dtype}"
             lost = own * torch.finfo(dtype).eps / torch.finfo(seen).eps
             assert_promised(actual[name], meant[name], lost, name, largest)

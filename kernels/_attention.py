@@ -1,0 +1,178 @@
+"""What the attention kernels share: sources as a kernel sees them, who sees which keys, and loads.
+
+Which keys of a source a query sees is a prefix, bounded by size, length, causality and presence, without the
+keys that the source's mask hides. So a kernel needs one number per row and no mask tensor.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmfast.kernels._launch import Blocks, dense
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)  # exponentials are powers of 2: one instruction
+# Keys taken at once where rows differ in what they see. Few, for there each value is held in registers and
+# looked at, and what lies beyond the edge is computed for nothing.
+EDGE: tl.constexpr = tl.constexpr(16)
+_DEEPEST = 256
+
+
+class Source(NamedTuple):
+    """One source as a kernel sees it."""
+
+    key: Tensor  # [B, Hkv, S, D], the last dimension dense
+    value: Tensor  # [B, Hkv, S, Dv], likewise
+    key_strides: tuple[int, ...]
+    value_strides: tuple[int, ...]
+    number: int  # its column of `present` and `source_bias`
+    packed: int  # size and flags, see `_packed`
+    length: Tensor | None  # [B]; another source's where only others have one
+    mask: Tensor | None  # [B, S] dense; likewise
+    grad_key: Tensor | None = None  # as key, dense
+    grad_value: Tensor | None = None
+
+
+def _packed(size: int, causal: bool, bounded: bool, masked: bool) -> int:
+    """Size and flags in one number that is odd and never 1: Triton would compile anew for 1 and for multiples
+    of 16, source by source, since within a tuple no number is exempt from that.
+    """
+    return size << 5 | causal << 4 | bounded << 3 | masked << 2 | 3
+
+
+def sources_of(
+    keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Sequence[Tensor | None],
+    masks: Sequence[Tensor | None], causal: Sequence[bool],
+    grads: Sequence[tuple[Tensor | None, Tensor | None]] | None = None, chosen: Sequence[int] | None = None,
+) -> tuple[Source, ...]:  # fmt: skip
+    """The chosen sources (all by default), filled up with empty ones to a power of two.
+
+    So three and four of them share a kernel, whichever of them have a length or a mask.
+    """
+    chosen = range(len(keys)) if chosen is None else chosen
+    any_length = next((t.contiguous() for t in lengths if t is not None), None)
+    any_mask = next((t for t in masks if t is not None), None)
+    made = []
+    for i in chosen:
+        key, value, length, mask = dense(keys[i]), dense(values[i]), lengths[i], masks[i]
+        made.append(Source(
+            key, value, key.stride()[:3], value.stride()[:3], i,
+            _packed(key.shape[2], causal[i], length is not None, mask is not None),
+            any_length if length is None else length.contiguous(),
+            any_mask if mask is None else mask.contiguous(),
+            *(grads[i] if grads else ()),
+        ))  # fmt: skip
+    empty = made[0]._replace(number=0, packed=_packed(0, False, False, False))
+    return (*made, *[empty] * ((1 << (len(made) - 1).bit_length()) - len(made)))
+
+
+def presence(present: Tensor | None) -> tuple[Tensor | None, int, int | None]:
+    """``present`` [B, n] or [B, L, n] for a kernel, its step from sample to sample, and from row to row if it
+    has one.
+    """
+    if present is None:
+        return None, 0, None
+    present = present.contiguous()
+    return present, present.stride(0), present.stride(1) if present.dim() == 3 else None
+
+
+def tiles(m: int, n: int, num_warps: int, num_stages: int) -> Blocks:
+    """Queries by keys, with Triton's launch options."""
+    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": num_warps, "num_stages": num_stages}
+
+
+def depths(op: str, query: Tensor, value: Tensor) -> tuple[dict[str, int], int]:
+    """The depths of key and value, each with the power of two that it is filled up to, and the class of
+    blocks they belong to: 64, 128 or 256.
+    """
+    if query.dtype == torch.float64:
+        raise TypeError(f"{op}: got float64, wanted float32, bfloat16 or float16: Triton adds in float32")
+    depth, value_depth = query.shape[-1], value.shape[-1]
+    if max(depth, value_depth) > _DEEPEST:
+        raise ValueError(f"{op}: got {depth} and {value_depth} features a head, wanted at most {_DEEPEST}")
+    filled = [max(16, triton.next_power_of_2(d)) for d in (depth, value_depth)]
+    made = {"DEPTH": depth, "VALUE_DEPTH": value_depth, "BLOCK_D": filled[0], "BLOCK_DV": filled[1]}
+    return made, max(64, *filled)
+
+
+@triton.jit
+def size_of(source):
+    return source.packed >> 5
+
+
+@triton.jit
+def limits(source, sample, queries, present, present_step, flag_step):
+    """``(limit, lead)``: row l sees keys below ``min(limit, l + lead)``, as far as its own presence and the
+    mask let it.
+    """
+    size = size_of(source)
+    limit = size
+    if source.length is not None:
+        length = tl.load(source.length + sample, mask=(source.packed & 8) != 0, other=size)
+        limit = tl.minimum(tl.maximum(length, 0), size).to(tl.int32)
+    if present is not None and flag_step is None:
+        flag = tl.load(present + sample.to(tl.int64) * present_step + source.number)
+        limit = tl.where(flag != 0, limit, 0)
+    return limit, tl.where((source.packed & 16) != 0, size - queries + 1, size)
+
+
+@triton.jit
+def flags_of(present, present_step, flag_step, sample, number):
+    """Where the presence of a source begins that each row has for itself; None where it has not."""
+    if flag_step is not None:
+        return present + sample.to(tl.int64) * present_step + number
+    else:
+        return None
+
+
+@triton.jit
+def ends_of(row, queries, limit, lead, flags, flag_step):
+    """How many keys each row sees before the mask."""
+    end = tl.where(row < queries, tl.maximum(tl.minimum(limit, row + lead), 0), 0)
+    if flags is not None:
+        flag = tl.load(flags + row.to(tl.int64) * flag_step, mask=row < queries, other=0)
+        end = tl.where(flag != 0, end, 0)
+    return end
+
+
+@triton.jit
+def bias_of(source_bias, strides, sample, head, number):
+    """The source's bias for one head, as a scalar."""
+    bias = 0.0
+    if source_bias is not None:
+        bias = tl.load(
+            source_bias
+            + sample.to(tl.int64) * strides[0]
+            + head.to(tl.int64) * strides[1]
+            + number * strides[2]
+        )
+    return bias
+
+
+@triton.jit
+def unmasked(mask, is_masked, k, inside):
+    """Which of the keys the mask leaves; ``mask`` points at the sample's."""
+    if mask is not None:
+        inside = inside & (tl.load(mask + k, mask=inside & is_masked, other=1) != 0)
+    return inside
+
+
+@triton.jit
+def start_of(tensor, strides, sample, head):
+    return tensor + sample.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+
+
+@triton.jit
+def load_rows(start, stride, row, seen, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of a matrix with a dense last dimension [rows, BLOCK]; zeros in what is not to be seen."""
+    d = tl.arange(0, BLOCK)
+    pointers = start + row.to(tl.int64)[:, None] * stride + d[None, :]
+    return tl.load(pointers, mask=seen[:, None] & (d < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def is_finite(x):
+    return tl.abs(x) < float("inf")

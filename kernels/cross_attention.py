@@ -1,0 +1,215 @@
+"""Triton kernel of ``cross_attention``'s forward and its launcher; the backward is in
+``cross_attention_backward.py``.
+
+A program owns a block of queries of one head and walks the keys of source after source in one online softmax,
+so neither a concatenation, nor a mask, nor a merge of several results exists anywhere. It stops in each
+source at the last key that any of its rows sees. Two loops walk a source:
+
+- up to the last whole tile that all rows see, nothing depends on the row;
+- behind it rows differ in what they see (the edge of a causal source, of a length, of a presence), and what
+  one row sees may be nan and hidden from the next. Logits are selected, but the values of all keys are summed
+  over, and 0 * nan is nan: there values that are not finite are taken out, and put back as nan where they are
+  seen.
+
+Keys that no row of the tile sees are never loaded.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmfast.kernels._attention import (
+    EDGE,
+    LOG2E,
+    bias_of,
+    depths,
+    ends_of,
+    flags_of,
+    is_finite,
+    limits,
+    load_rows,
+    presence,
+    size_of,
+    sources_of,
+    start_of,
+    tiles,
+    unmasked,
+)  # fmt: skip
+from mmfast.kernels._launch import configuration, dense, on
+from mmfast.kernels.cross_attention_backward import cross_attention_backward
+
+__all__ = ["cross_attention", "cross_attention_backward"]
+
+# By the oldest compute capability they are for, and by depth: large ones that do not spill. No device tuned
+# them yet.
+UNTUNED = {
+    80: {
+        "forward_64.half": tiles(128, 64, num_warps=8, num_stages=3),
+        "forward_64.tf32": tiles(64, 32, num_warps=4, num_stages=3),
+        "forward_64.ieee": tiles(32, 32, num_warps=8, num_stages=2),
+        "forward_128.half": tiles(128, 32, num_warps=8, num_stages=3),
+        "forward_128.tf32": tiles(32, 32, num_warps=8, num_stages=3),
+        "forward_128.ieee": tiles(32, 16, num_warps=8, num_stages=1),
+        "forward_256.half": tiles(32, 32, num_warps=8, num_stages=2),
+        "forward_256.tf32": tiles(32, 32, num_warps=8, num_stages=1),
+        "forward_256.ieee": tiles(16, 16, num_warps=4, num_stages=1),
+    },
+}
+UNTUNED[90] = {
+    **UNTUNED[80],
+    "forward_128.tf32": tiles(64, 16, num_warps=8, num_stages=3),
+    "forward_256.half": tiles(64, 16, num_warps=8, num_stages=2),
+    "forward_256.tf32": tiles(32, 32, num_warps=8, num_stages=2),
+    "forward_256.ieee": tiles(16, 16, num_warps=8, num_stages=1),
+}
+UNTUNED[100] = {
+    **UNTUNED[90],
+    "forward_128.tf32": tiles(32, 32, num_warps=8, num_stages=3),
+    "forward_256.tf32": tiles(16, 64, num_warps=8, num_stages=1),
+}
+
+
+@triton.jit
+def attend(
+    q, top, total, acc, key, key_stride, value, value_stride, mask, is_masked, scale, bias, end, first, last,
+    ROWS_DIFFER: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over the keys from ``first`` to ``last``.
+
+    Per row: ``top`` is the largest logit so far, ``total`` the sum of 2 ** (logit - top) over this source,
+    and ``acc`` that of 2 ** (logit - top) * value over all. Rows see keys below their ``end``.
+    """
+    spoilt = 0
+    for k0 in tl.range(first, last, BLOCK_N, num_stages=1 if ROWS_DIFFER else None):
+        k = k0 + tl.arange(0, BLOCK_N)
+        inside = unmasked(mask, is_masked, k, k < last)  # [N]
+        keys = load_rows(key, key_stride, k, inside, DEPTH, BLOCK_D)  # [N, D]
+        logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale + bias  # [M, N]
+        if ROWS_DIFFER:
+            seen = inside[None, :] & (k[None, :] < end[:, None])
+            logits = tl.where(seen, logits, float("-inf"))
+        elif mask is not None:
+            logits = tl.where(inside[None, :], logits, float("-inf"))
+        higher = tl.maximum(top, tl.max(logits, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)  # a row may have seen nothing yet
+        weights = tl.exp2(logits - shift[:, None])
+        fade = tl.exp2(top - shift)
+        total = total * fade + tl.sum(weights, 1)
+        acc = acc * fade[:, None]
+        values = load_rows(value, value_stride, k, inside, VALUE_DEPTH, BLOCK_DV)  # [N, Dv]
+        if ROWS_DIFFER:
+            spoilt = tl.maximum(spoilt, tl.max(tl.max((is_finite(values) == 0).to(tl.int32), 1), 0))
+            values = tl.where(is_finite(values), values, 0.0)
+        acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+        top = higher
+    if ROWS_DIFFER:
+        d = tl.arange(0, BLOCK_DV)
+        for step in range(tl.where(spoilt > 0, last - first, 0)):
+            k = first + step
+            seen = (k < end) & unmasked(mask, is_masked, k, k < last)  # [M]
+            row = tl.load(value + k.to(tl.int64) * value_stride + d, mask=d < VALUE_DEPTH, other=0.0)
+            acc = tl.where(seen[:, None] & (is_finite(row) == 0)[None, :], float("nan"), acc)
+    return top, total, acc
+
+
+@triton.jit(do_not_specialize=["present_step", "flag_step", "num_sources", "queries", "heads", "group"])
+def forward_kernel(
+    out, lse, mass, query, query_strides, sources, present, present_step, flag_step, source_bias,
+    bias_strides, num_sources, scale, queries, heads, group,
+    PRECISION: tl.constexpr, DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Output, log-sum-exp and masses of a block of queries of one head."""
+    blocks = tl.cdiv(queries, BLOCK_M)
+    both = tl.program_id(0) // blocks  # sample and head
+    sample, head = both // heads, both % heads
+    # From the last rows on: under causality they see most, and what takes longest had better start first.
+    row = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = row < queries
+    q = load_rows(
+        start_of(query, query_strides, sample, head), query_strides[2], row, real, DEPTH, BLOCK_D
+    )  # [M, D]
+
+    number = tl.arange(0, len(sources))[None, :]
+    totals = tl.zeros([BLOCK_M, len(sources)], tl.float32)  # of each source, below the common top
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for i in tl.static_range(len(sources)):
+        source = sources[i]
+        bias = bias_of(source_bias, bias_strides, sample, head, source.number)
+        limit, lead = limits(source, sample, queries, present, present_step, flag_step)
+        limit = tl.where(bias == float("-inf"), 0, limit)
+        flags = flags_of(present, present_step, flag_step, sample, source.number)
+        end = ends_of(row, queries, limit, lead, flags, flag_step)  # [M]
+        whole = tl.min(tl.where(real, end, limit), 0) // BLOCK_N * BLOCK_N
+        key = start_of(source.key, source.key_strides, sample, head // group)
+        value = start_of(source.value, source.value_strides, sample, head // group)
+        mask = source.mask
+        if mask is not None:
+            mask += sample.to(tl.int64) * size_of(source)
+        before = top
+        total = tl.zeros([BLOCK_M], tl.float32)
+        top, total, acc = attend(
+            q, top, total, acc, key, source.key_strides[2], value, source.value_strides[2], mask,
+            (source.packed & 4) != 0, scale * LOG2E, bias * LOG2E, end, 0, whole, False,
+            PRECISION, DEPTH, VALUE_DEPTH, BLOCK_D, BLOCK_DV, BLOCK_N,
+        )  # fmt: skip
+        top, total, acc = attend(
+            q, top, total, acc, key, source.key_strides[2], value, source.value_strides[2], mask,
+            (source.packed & 4) != 0, scale * LOG2E, bias * LOG2E, end, whole, tl.max(end, 0), True,
+            PRECISION, DEPTH, VALUE_DEPTH, BLOCK_D, BLOCK_DV, EDGE,
+        )  # fmt: skip
+        fade = tl.exp2(before - tl.where(top == float("-inf"), 0.0, top))
+        totals = tl.where(number == i, total[:, None], totals * fade[:, None])
+
+    total = tl.sum(totals, 1)
+    total = tl.where(total == 0, 1.0, total)  # nothing is seen where it is 0: the top one alone adds 1
+    at = both.to(tl.int64) * queries + row
+    d = tl.arange(0, BLOCK_DV)
+    tl.store(
+        out + at[:, None] * VALUE_DEPTH + d[None, :], acc / total[:, None],
+        mask=real[:, None] & (d < VALUE_DEPTH)[None, :],
+    )  # fmt: skip
+    tl.store(lse + at, (top + tl.log2(total)) / LOG2E, mask=real)
+    if mass is not None:
+        tl.store(
+            mass + at[:, None] * num_sources + number, totals / total[:, None],
+            mask=real[:, None] & (number < num_sources),
+        )  # fmt: skip
+
+
+def cross_attention(
+    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Sequence[Tensor | None],
+    masks: Sequence[Tensor | None], present: Tensor | None, causal: Sequence[bool], source_bias: Tensor |
+    None, scale: float | None, mass: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Launches the forward; arguments and results are those of ``torch.ops.mmfast.cross_attention``.
+
+    Copied first: a query, key or value whose last dimension is not dense, and lengths, masks and presence
+    that are not contiguous.
+    """
+    depth, size = depths("cross_attention", query, values[0])
+    batch, heads, queries, _ = query.shape
+    rows = query.shape[:3]
+    out = query.new_empty(*rows, depth["VALUE_DEPTH"])
+    lse = query.new_empty(rows, dtype=torch.float32)
+    shares = query.new_empty(*rows, len(keys), dtype=torch.float32) if mass else None
+    made = [t for t in (out, lse, shares) if t is not None]
+    if lse.numel() == 0:
+        return made
+
+    query = dense(query)
+    options = configuration("cross_attention", f"forward_{size}", query, query.dtype, UNTUNED)
+    grid = (batch * heads * triton.cdiv(queries, options["BLOCK_M"]),)
+    with on(query.device):
+        forward_kernel[grid](
+            out, lse, shares, query, query.stride()[:3], sources_of(keys, values, lengths, masks, causal),
+            *presence(present), source_bias, None if source_bias is None else source_bias.stride(), len(keys),
+            query.shape[-1] ** -0.5 if scale is None else scale, queries, heads, heads // keys[0].shape[1],
+            **depth, **options,
+        )  # fmt: skip
+    return made

@@ -1,0 +1,373 @@
+"""Triton kernels of the backward of ``cross_attention``, and their launcher.
+
+With weights P = softmax(logits): dV = P.T dO, dS = P * (dO V.T - delta), dQ = scale * dS K, dK = scale * dS.T
+Q and the bias of a source gets the sum of its dS. Weights are made again from the log-sum-exp. One launch
+goes through the sources for a block of queries (dQ, bias), one through the queries for a block of keys of one
+source (dK, dV): every sum has one owner and one order.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmfast.kernels._attention import (
+    EDGE,
+    LOG2E,
+    bias_of,
+    depths,
+    ends_of,
+    flags_of,
+    is_finite,
+    limits,
+    load_rows,
+    presence,
+    size_of,
+    sources_of,
+    start_of,
+    tiles,
+    unmasked,
+)  # fmt: skip
+from mmfast.kernels._launch import configuration, dense, on
+from mmfast.kernels._tiles import any_of
+
+# By the oldest compute capability they are for, and by depth: large ones that do not spill. No device tuned
+# them yet.
+UNTUNED = {
+    80: {
+        "grad_query_64.half": tiles(128, 64, num_warps=8, num_stages=2),
+        "grad_query_64.tf32": tiles(64, 32, num_warps=8, num_stages=1),
+        "grad_query_64.ieee": tiles(32, 32, num_warps=8, num_stages=1),
+        "grad_query_128.half": tiles(64, 64, num_warps=8, num_stages=2),
+        "grad_query_128.tf32": tiles(32, 32, num_warps=8, num_stages=2),
+        "grad_query_128.ieee": tiles(16, 16, num_warps=8, num_stages=1),
+        "grad_query_256.half": tiles(32, 32, num_warps=8, num_stages=2),
+        "grad_query_256.tf32": tiles(16, 32, num_warps=8, num_stages=1),
+        "grad_query_256.ieee": tiles(16, 16, num_warps=8, num_stages=1),
+        "grad_source_64.half": tiles(32, 128, num_warps=8, num_stages=2),
+        "grad_source_64.tf32": tiles(16, 128, num_warps=8, num_stages=2),
+        "grad_source_64.ieee": tiles(32, 32, num_warps=8, num_stages=1),
+        "grad_source_128.half": tiles(32, 64, num_warps=8, num_stages=2),
+        "grad_source_128.tf32": tiles(32, 32, num_warps=8, num_stages=2),
+        "grad_source_128.ieee": tiles(16, 16, num_warps=8, num_stages=2),
+        "grad_source_256.half": tiles(32, 32, num_warps=8, num_stages=2),
+        "grad_source_256.tf32": tiles(16, 16, num_warps=8, num_stages=1),
+        "grad_source_256.ieee": tiles(16, 16, num_warps=8, num_stages=1),
+    },
+}
+UNTUNED[90] = {
+    **UNTUNED[80],
+    "grad_query_64.tf32": tiles(64, 32, num_warps=8, num_stages=2),
+    "grad_query_128.half": tiles(128, 32, num_warps=8, num_stages=2),
+    "grad_query_128.tf32": tiles(32, 32, num_warps=8, num_stages=1),
+    "grad_source_64.tf32": tiles(32, 64, num_warps=8, num_stages=2),
+    "grad_source_128.half": tiles(32, 64, num_warps=8, num_stages=1),
+    "grad_source_128.ieee": tiles(16, 16, num_warps=4, num_stages=2),
+}
+UNTUNED[100] = {
+    **UNTUNED[90],
+    "grad_query_64.half": tiles(128, 64, num_warps=8, num_stages=1),
+    "grad_query_128.half": tiles(64, 64, num_warps=8, num_stages=2),
+    "grad_query_128.tf32": tiles(64, 16, num_warps=8, num_stages=2),
+    "grad_source_64.half": tiles(64, 64, num_warps=8, num_stages=1),
+    "grad_source_64.tf32": tiles(64, 32, num_warps=8, num_stages=2),
+    "grad_source_128.half": tiles(32, 64, num_warps=4, num_stages=1),
+}
+
+
+@triton.jit(do_not_specialize=["queries", "heads"])
+def delta_kernel(
+    delta, grad, grad_strides, out, out_strides, grad_lse, queries, heads,
+    VALUE_DEPTH: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """``delta = sum(grad * out) - grad_lse``: softmax takes it from the gradient of each weight."""
+    blocks = tl.cdiv(queries, BLOCK_M)
+    both = tl.program_id(0) // blocks
+    sample, head = both // heads, both % heads
+    row = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = row < queries
+    g = load_rows(
+        start_of(grad, grad_strides, sample, head), grad_strides[2], row, real, VALUE_DEPTH, BLOCK_DV
+    )
+    o = load_rows(start_of(out, out_strides, sample, head), out_strides[2], row, real, VALUE_DEPTH, BLOCK_DV)
+    d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    at = both.to(tl.int64) * queries + row
+    if grad_lse is not None:
+        d -= tl.load(grad_lse + at, mask=real, other=0.0)
+    tl.store(delta + at, d, mask=real)
+
+
+@triton.jit
+def differentiate(
+    q, g, lse, delta, dq, key, key_stride, value, value_stride, mask, is_masked, scale, bias, end, first,
+    last, ROWS_DIFFER: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Adds the keys from ``first`` to ``last`` to ``dq`` [M, D], and returns with it each row's sum of dS."""
+    total = tl.zeros_like(lse)
+    for k0 in tl.range(first, last, BLOCK_N, num_stages=1 if ROWS_DIFFER else None):
+        k = k0 + tl.arange(0, BLOCK_N)
+        inside = unmasked(mask, is_masked, k, k < last)  # [N]
+        keys = load_rows(key, key_stride, k, inside, DEPTH, BLOCK_D)  # [N, D]
+        values = load_rows(value, value_stride, k, inside, VALUE_DEPTH, BLOCK_DV)  # [N, Dv]
+        logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale + bias  # [M, N]
+        weights = tl.exp2(logits - lse[:, None])
+        ds = weights * (tl.dot(g, tl.trans(values), input_precision=PRECISION) - delta[:, None])
+        if ROWS_DIFFER:
+            ds = tl.where(inside[None, :] & (k[None, :] < end[:, None]), ds, 0.0)
+            keys = tl.where(is_finite(keys), keys, 0.0)  # where it is seen, ds is nan and stays it
+        elif mask is not None:
+            ds = tl.where(inside[None, :], ds, 0.0)
+        total += tl.sum(ds, 1)
+        dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
+    return dq, total
+
+
+@triton.jit(do_not_specialize=["present_step", "flag_step", "num_sources", "queries", "heads", "group"])
+def grad_query_kernel(
+    grad_query, bias_sum, grad, grad_strides, lse, delta, query, query_strides, sources,
+    present, present_step, flag_step, source_bias, bias_strides, num_sources, scale, queries, heads, group,
+    PRECISION: tl.constexpr, DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a block of queries of one head, and what the block adds to the gradients of the biases."""
+    blocks = tl.cdiv(queries, BLOCK_M)
+    both = tl.program_id(0) // blocks
+    sample, head = both // heads, both % heads
+    block = blocks - 1 - tl.program_id(0) % blocks
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = row < queries
+    at = both.to(tl.int64) * queries + row
+    q = load_rows(start_of(query, query_strides, sample, head), query_strides[2], row, real, DEPTH, BLOCK_D)
+    g = load_rows(
+        start_of(grad, grad_strides, sample, head), grad_strides[2], row, real, VALUE_DEPTH, BLOCK_DV
+    )
+    log_sum = tl.load(lse + at, mask=real, other=0.0) * LOG2E
+    d = tl.load(delta + at, mask=real, other=0.0)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for i in tl.static_range(len(sources)):
+        source = sources[i]
+        bias = bias_of(source_bias, bias_strides, sample, head, source.number)
+        limit, lead = limits(source, sample, queries, present, present_step, flag_step)
+        limit = tl.where(bias == float("-inf"), 0, limit)
+        flags = flags_of(present, present_step, flag_step, sample, source.number)
+        end = ends_of(row, queries, limit, lead, flags, flag_step)  # [M]
+        whole = tl.min(tl.where(real, end, limit), 0) // BLOCK_N * BLOCK_N
+        key = start_of(source.key, source.key_strides, sample, head // group)
+        value = start_of(source.value, source.value_strides, sample, head // group)
+        mask = source.mask
+        if mask is not None:
+            mask += sample.to(tl.int64) * size_of(source)
+        dq, inner = differentiate(
+            q, g, log_sum, d, dq, key, source.key_strides[2], value, source.value_strides[2], mask,
+            (source.packed & 4) != 0, scale * LOG2E, bias * LOG2E, end, 0, whole, False,
+            PRECISION, DEPTH, VALUE_DEPTH, BLOCK_D, BLOCK_DV, BLOCK_N,
+        )  # fmt: skip
+        dq, edge = differentiate(
+            q, g, log_sum, d, dq, key, source.key_strides[2], value, source.value_strides[2], mask,
+            (source.packed & 4) != 0, scale * LOG2E, bias * LOG2E, end, whole, tl.max(end, 0), True,
+            PRECISION, DEPTH, VALUE_DEPTH, BLOCK_D, BLOCK_DV, EDGE,
+        )  # fmt: skip
+        if bias_sum is not None:
+            total = tl.sum(tl.where(real, inner + edge, 0.0), 0)
+            tl.store(
+                bias_sum + (both.to(tl.int64) * num_sources + i) * blocks + block, total, mask=i < num_sources
+            )
+    if grad_query is not None:
+        d = tl.arange(0, BLOCK_D)
+        tl.store(
+            grad_query + at[:, None] * DEPTH + d[None, :],
+            dq * scale,
+            mask=real[:, None] & (d < DEPTH)[None, :],
+        )
+
+
+@triton.jit
+def rows_with(flags, flag_step, queries, CHUNK: tl.constexpr):
+    """From which to which row a source is present."""
+    first = queries
+    last = 0
+    for row0 in range(0, queries, CHUNK):
+        row = row0 + tl.arange(0, CHUNK)
+        flag = tl.load(flags + row.to(tl.int64) * flag_step, mask=row < queries, other=0) != 0
+        first = tl.minimum(first, tl.min(tl.where(flag, row, queries), 0))
+        last = tl.maximum(last, tl.max(tl.where(flag, row + 1, 0), 0))
+    return first, last
+
+
+@triton.jit(do_not_specialize=["present_step", "flag_step", "queries", "kv_heads", "group"])
+def grad_source_kernel(
+    grad, grad_strides, lse, delta, query, query_strides, sources,
+    present, present_step, flag_step, source_bias, bias_strides, scale, queries, kv_heads, group,
+    PRECISION: tl.constexpr, DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a block of keys and values of one source, over all queries of the heads that read them."""
+    blocks = 0
+    for i in tl.static_range(len(sources)):
+        blocks += tl.cdiv(size_of(sources[i]), BLOCK_N)
+    both = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    sample, kv_head = both // kv_heads, both % kv_heads
+
+    # The blocks of all sources stand in one row. A block is of the last source that begins at it or before
+    # it.
+    begin = 0
+    for i in tl.static_range(len(sources)):
+        source = sources[i]
+        limit_i, lead_i = limits(source, sample, queries, present, present_step, flag_step)
+        dense = (both.to(tl.int64)) * size_of(source)
+        mine = block >= begin
+        if i == 0:
+            packed, number, limit, lead, first = source.packed, source.number, limit_i, lead_i, begin
+            key_stride, value_stride = source.key_strides[2], source.value_strides[2]
+            key = start_of(source.key, source.key_strides, sample, kv_head)
+            value = start_of(source.value, source.value_strides, sample, kv_head)
+            mask, grad_key, grad_value = source.mask, source.grad_key, source.grad_value
+            if grad_key is not None:
+                grad_key += dense * DEPTH
+            if grad_value is not None:
+                grad_value += dense * VALUE_DEPTH
+        else:
+            packed = tl.where(mine, source.packed, packed)
+            number = tl.where(mine, source.number, number)
+            limit, lead = tl.where(mine, limit_i, limit), tl.where(mine, lead_i, lead)
+            first = tl.where(mine, begin, first)
+            key_stride = tl.where(mine, source.key_strides[2], key_stride)
+            value_stride = tl.where(mine, source.value_strides[2], value_stride)
+            key = tl.where(mine, start_of(source.key, source.key_strides, sample, kv_head), key)
+            value = tl.where(mine, start_of(source.value, source.value_strides, sample, kv_head), value)
+            if mask is not None:
+                mask = tl.where(mine, source.mask, mask)
+            if grad_key is not None:
+                grad_key = tl.where(mine, source.grad_key + dense * DEPTH, grad_key)
+            if grad_value is not None:
+                grad_value = tl.where(mine, source.grad_value + dense * VALUE_DEPTH, grad_value)
+        begin += tl.cdiv(size_of(source), BLOCK_N)
+
+    size = packed >> 5
+    if mask is not None:
+        mask += sample.to(tl.int64) * size
+    k0 = (block - first) * BLOCK_N
+    k = k0 + tl.arange(0, BLOCK_N)
+    inside = unmasked(mask, (packed & 4) != 0, k, k < limit)  # [N]
+    keys = load_rows(key, key_stride, k, inside, DEPTH, BLOCK_D)  # [N, D]
+    values = load_rows(value, value_stride, k, inside, VALUE_DEPTH, BLOCK_DV)  # [N, Dv]
+    flags = flags_of(present, present_step, flag_step, sample, number)
+    first_row, last_row = tl.maximum(k0 - lead + 1, 0), tl.where(any_of(inside), queries, 0)
+    if flags is not None:
+        first_present, last_present = rows_with(flags, flag_step, queries, 256)
+        first_row, last_row = tl.maximum(first_row, first_present), tl.minimum(last_row, last_present)
+
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    for reader in range(group):
+        head = kv_head * group + reader
+        bias = bias_of(source_bias, bias_strides, sample, head, number)
+        row_of = (sample * kv_heads * group + head).to(tl.int64) * queries
+        q_start = start_of(query, query_strides, sample, head)
+        g_start = start_of(grad, grad_strides, sample, head)
+        for row0 in range(first_row, tl.where(bias == float("-inf"), first_row, last_row), BLOCK_M):
+            row = row0 + tl.arange(0, BLOCK_M)
+            end = ends_of(row, queries, limit, lead, flags, flag_step)  # [M]
+            log_sum = tl.load(lse + row_of + row, mask=row < queries, other=0.0) * LOG2E
+            d = tl.load(delta + row_of + row, mask=row < queries, other=0.0)
+            sees = end > k0
+            if mask is not None:
+                sees &= log_sum != float("-inf")
+            q = load_rows(q_start, query_strides[2], row, sees, DEPTH, BLOCK_D)  # [M, D]
+            g = load_rows(g_start, grad_strides[2], row, sees, VALUE_DEPTH, BLOCK_DV)  # [M, Dv]
+            seen = inside[:, None] & (k[:, None] < end[None, :])
+            logits = tl.dot(keys, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) + bias * LOG2E
+            weights = tl.where(seen, tl.exp2(logits - log_sum[None, :]), 0.0)  # [N, M]
+            if grad_value is not None:
+                dv = tl.dot(weights.to(g.dtype), g, dv, input_precision=PRECISION)
+            if grad_key is not None:
+                ds = weights * (tl.dot(values, tl.trans(g), input_precision=PRECISION) - d[None, :])
+                ds = tl.where(seen, ds, 0.0)
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    if grad_key is not None:
+        store_rows(grad_key, dk * scale, k, k < size, inside, DEPTH, BLOCK_D)
+    if grad_value is not None:
+        store_rows(grad_value, dv, k, k < size, inside, VALUE_DEPTH, BLOCK_DV)
+
+
+@triton.jit
+def store_rows(start, x, row, real, seen, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of a dense matrix; zeros where nobody may see them."""
+    d = tl.arange(0, BLOCK)
+    at = row.to(tl.int64)[:, None] * WIDTH + d[None, :]
+    tl.store(start + at, tl.where(seen[:, None], x, 0.0), mask=real[:, None] & (d < WIDTH)[None, :])
+
+
+def cross_attention_backward(
+    grad: Tensor, grad_lse: Tensor | None, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor],
+    lengths: Sequence[Tensor | None], masks: Sequence[Tensor | None], present: Tensor | None,
+    causal: Sequence[bool], source_bias: Tensor | None, scale: float | None, out: Tensor, lse: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Launches the backward; arguments and results are those of
+    ``torch.ops.mmfast.cross_attention_backward``.
+
+    A gradient whose last dimension is not dense, such as one expanded from a sum, is copied first; for the
+    others see ``cross_attention``.
+    """
+    depth, size = depths("cross_attention_backward", query, values[0])
+    batch, heads, queries, _ = query.shape
+    n, kv_heads = len(keys), keys[0].shape[1]
+    inputs = (query, *keys, *values, source_bias)
+    if lse.numel() == 0:
+        return [
+            t.new_zeros(t.shape) for t, needed in zip(inputs, needs, strict=True) if t is not None and needed
+        ]
+
+    made = [
+        t.new_empty(t.shape) if t is not None and needed else None
+        for t, needed in zip(inputs, needs, strict=True)
+    ]
+    grad_query, grad_keys, grad_values, grad_bias = made[0], made[1 : n + 1], made[n + 1 : -1], made[-1]
+    query, grad, out, lse = dense(query), dense(grad), dense(out), lse.contiguous()
+    delta = torch.empty_like(lse)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    bias = source_bias, None if source_bias is None else source_bias.stride()
+    seen_by = (*presence(present), *bias)
+    with on(query.device):
+        delta_kernel[(batch * heads * triton.cdiv(queries, 16),)](
+            delta, grad, grad.stride()[:3], out, out.stride()[:3],
+            None if grad_lse is None else grad_lse.contiguous(), queries, heads,
+            VALUE_DEPTH=depth["VALUE_DEPTH"], BLOCK_DV=depth["BLOCK_DV"], BLOCK_M=16,
+        )  # fmt: skip
+        upstream = grad, grad.stride()[:3], lse, delta, query, query.stride()[:3]
+
+        if grad_query is not None or grad_bias is not None:
+            options = configuration("cross_attention", f"grad_query_{size}", query, query.dtype, UNTUNED)
+            blocks = triton.cdiv(queries, options["BLOCK_M"])
+            bias_sum = None if grad_bias is None else lse.new_empty(batch, heads, n, blocks)
+            grad_query_kernel[(batch * heads * blocks,)](
+                grad_query, bias_sum, *upstream, sources_of(keys, values, lengths, masks, causal), *seen_by,
+                n, scale, queries, heads, heads // kv_heads, **depth, **options,
+            )  # fmt: skip
+            if grad_bias is not None and bias_sum is not None:
+                torch.sum(bias_sum, -1, out=grad_bias)
+
+        # Where one gradient is wanted of some sources and the other of others, both are made of all of these.
+        wanted = [i for i in range(n) if grad_keys[i] is not None or grad_values[i] is not None]
+        options = configuration("cross_attention", f"grad_source_{size}", query, query.dtype, UNTUNED)
+        blocks = sum(triton.cdiv(keys[i].shape[2], options["BLOCK_N"]) for i in wanted)
+        if blocks:
+            any_key = any(t is not None for t in grad_keys)
+            any_value = any(t is not None for t in grad_values)
+            grads = [
+                (
+                    (key.new_empty(key.shape) if dk is None else dk) if any_key else None,
+                    (value.new_empty(value.shape) if dv is None else dv) if any_value else None,
+                )
+                for key, value, dk, dv in zip(keys, values, grad_keys, grad_values, strict=True)
+            ]
+            grad_source_kernel[(batch * kv_heads * blocks,)](
+                *upstream, sources_of(keys, values, lengths, masks, causal, grads, wanted), *seen_by,
+                scale, queries, kv_heads, heads // kv_heads, **depth, **options,
+            )  # fmt: skip
+    return [t for t in made if t is not None]

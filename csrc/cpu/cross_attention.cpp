@@ -58,30 +58,38 @@ class Worker {
 
   void run(const Task& task, Partial<T>& out) {
     out.clear(task.rows);
-    int64_t before = 0;  // blocks of the sources before this one
-    for (int64_t i = 0; i < a_.sources; ++i) {
-      const int64_t blocks = parts(a_.of(task.b, i).count, KEYS);
-      int64_t j = std::max<int64_t>(task.from - before, 0), end = std::min(task.until - before, blocks);
-      before += blocks;
-      if (j >= end) continue;
-      int64_t most = 0;
-      for (int64_t r = 0; r < task.rows; ++r) {
-        seen_[r] = a_.seen(task.b, task.kv_head, i, task.first + r);
-        bias_[r] = a_.bias_of(task.b, a_.head(task.kv_head, task.first + r), i) * LOG2_E<A>;
-        most = std::max(most, seen_[r]);
+    const auto& blocks = a_.blocks[task.b];
+    const int64_t end = std::min<int64_t>(task.until, blocks.size());
+    int64_t source = -1, most = 0;
+    for (int64_t n = task.from; n < end; ++n) {
+      if (blocks[n].source != source) {
+        if (source >= 0) out.close_source(source, task.rows);
+        source = blocks[n].source;
+        most = look(task, source);
       }
-      for (end = std::min(end, parts(most, KEYS)); j < end; ++j) {
-        const Block<T> block(a_, task.b, task.kv_head, i, j * KEYS);
-        keys_.take(block.key, block.count);
-        values_.take(block.value, block.count);
-        for (int64_t r = 0; r < task.rows; r += k_.rows)
-          tile(task, {seen_.data(), r, std::min(r + k_.rows, task.rows), block}, block, out);
+      if (blocks[n].first >= most) continue;
+      const Block<T> block(a_, task.b, task.kv_head, blocks[n]);
+      keys_.take(block.key, block.count);
+      values_.take(block.value, block.count);
+      Prefetch<T> prefetch(a_, task.b, task.kv_head, n + 1, end, parts(task.rows, k_.rows));
+      for (int64_t r = 0; r < task.rows; r += k_.rows) {
+        prefetch.step();
+        tile(task, {seen_.data(), r, std::min(r + k_.rows, task.rows), block}, block, out);
       }
-      out.close_source(i, task.rows);
     }
+    if (source >= 0) out.close_source(source, task.rows);
   }
 
  private:
+  // What each row sees of a source, and its bias there; the most that any sees.
+  int64_t look(const Task& task, int64_t i) {
+    for (int64_t r = 0; r < task.rows; ++r) {
+      seen_[r] = a_.seen(task.b, task.kv_head, i, task.first + r);
+      bias_[r] = a_.bias_of(task.b, a_.head(task.kv_head, task.first + r), i) * LOG2_E<A>;
+    }
+    return *std::max_element(seen_.begin(), seen_.begin() + task.rows);
+  }
+
   void tile(const Task& task, const Viewers<T>& v, const Block<T>& block, Partial<T>& out) {
     if (v.count == 0) return;
     const T* left[TileKernels<T>::MOST_ROWS];
@@ -154,17 +162,11 @@ Tensors forward(const Attention<T>& a, bool want_mass) {
   const int64_t heads = a.batch * a.kv_heads, tiles = parts(a.rows, height);
   const int64_t of_task = std::clamp(parts(heads * tiles, wanted), LEAST_TILES, MOST_TILES) * height;
   const int64_t row_blocks = parts(a.rows, of_task), rows = std::min(of_task, a.rows);
-  int64_t blocks = 0;
-  for (int64_t b = 0; b < a.batch; ++b) {
-    int64_t own = 0;
-    for (int64_t i = 0; i < a.sources; ++i) own += parts(a.of(b, i).count, KEYS);
-    blocks = std::max(blocks, own);
-  }
   const int64_t splits =
       heads * row_blocks >= wanted || heads * row_blocks == 0
           ? 1
-          : std::clamp<int64_t>(blocks / LEAST_BLOCKS, 1, parts(wanted, heads * row_blocks));
-  const int64_t span = std::max<int64_t>(parts(blocks, splits), 1), of_line = row_blocks * splits;
+          : std::clamp<int64_t>(a.most_blocks / LEAST_BLOCKS, 1, parts(wanted, heads * row_blocks));
+  const int64_t span = std::max<int64_t>(parts(a.most_blocks, splits), 1), of_line = row_blocks * splits;
   const auto task_at = [&](int64_t k) {
     const int64_t line = k / of_line, first = k % of_line / splits * of_task, split = k % splits;
     return Task{line / a.kv_heads, line % a.kv_heads, first, std::min(of_task, a.rows - first),
@@ -173,7 +175,7 @@ Tensors forward(const Attention<T>& a, bool want_mass) {
   std::vector<Partial<T>> partials;
   if (splits > 1)
     for (int64_t k = 0; k < heads * of_line; ++k) partials.emplace_back(a, task_at(k).rows);
-  const int64_t cost = rows * std::min(span, blocks) * KEYS * (a.depth + a.value_depth);
+  const int64_t cost = rows * std::min(span, a.most_blocks) * KEYS * (a.depth + a.value_depth);
   take_turns(heads, of_line, cost, [&](auto take) {
     Worker<T> worker(a, rows);
     std::optional<Partial<T>> own;

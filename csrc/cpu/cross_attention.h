@@ -50,6 +50,11 @@ struct Keys {
   int64_t place(int64_t j) const { return at.empty() ? j : at[j]; }
 };
 
+// Where a block of keys begins.
+struct BlockStart {
+  int64_t source, first;
+};
+
 template <class A>
 constexpr A LOG2_E = A(1.4426950408889634074L);
 
@@ -60,8 +65,10 @@ struct Attention {
   Heads<T> query;
   std::vector<Heads<T>> key, value;
   int64_t batch, heads, kv_heads, queries, depth, value_depth, sources;
-  int64_t group, rows;     // query heads of a key head; their queries together
-  std::vector<Keys> keys;  // [B, n]
+  int64_t group, rows;                          // query heads of a key head; their queries together
+  std::vector<Keys> keys;                       // [B, n]
+  std::vector<std::vector<BlockStart>> blocks;  // [B], those of all sources in turn
+  int64_t most_blocks = 0;                      // of any sample
   std::vector<bool> causal;
   A scale, scale2;  // of the logits, and of the logits in units of ln 2, which the kernels take
   std::optional<Tensor> present, bias;
@@ -80,6 +87,7 @@ struct Attention {
         group(heads / kv_heads),
         rows(group * queries),
         keys(batch * sources),
+        blocks(batch),
         causal(causal_),
         scale(scale_ ? *scale_ : 1 / std::sqrt(static_cast<double>(query_.size(3)))),
         scale2((scale_ ? *scale_ : 1 / std::sqrt(static_cast<double>(query_.size(3)))) * LOG2_E<double>),
@@ -88,7 +96,11 @@ struct Attention {
     for (int64_t i = 0; i < sources; ++i) {
       key.emplace_back(keys_[i]);
       value.emplace_back(values[i]);
-      for (int64_t b = 0; b < batch; ++b) keys[b * sources + i] = find(i, b, lengths[i], masks[i]);
+      for (int64_t b = 0; b < batch; ++b) {
+        const Keys& own = keys[b * sources + i] = find(i, b, lengths[i], masks[i]);
+        for (int64_t first = 0; first < own.count; first += KEYS) blocks[b].push_back({i, first});
+        most_blocks = std::max<int64_t>(most_blocks, blocks[b].size());
+      }
     }
   }
 
@@ -158,14 +170,41 @@ struct Block {
   int64_t first, count;
   const T *key[KEYS], *value[KEYS];
 
-  Block(const Attention<T>& a, int64_t b, int64_t kv_head, int64_t i, int64_t first_)
-      : first(first_), count(std::min(KEYS, a.of(b, i).count - first)) {
+  Block(const Attention<T>& a, int64_t b, int64_t kv_head, BlockStart start)
+      : first(start.first), count(std::min(KEYS, a.of(b, start.source).count - first)) {
+    const auto& [i, _] = start;
     for (int64_t j = 0; j < count; ++j) {
       const int64_t s = a.of(b, i).place(first + j);
       key[j] = a.key[i].row(b, kv_head, s);
       value[j] = a.value[i].row(b, kv_head, s);
     }
   }
+};
+
+// Asks for the next block's rows, some at each of the steps that the work on this block has: they come from
+// memory, which would otherwise rest now and be waited for then.
+template <class T>
+class Prefetch {
+ public:
+  Prefetch(const Attention<T>& a, int64_t b, int64_t kv_head, int64_t next, int64_t end, int64_t steps)
+      : depth_(a.depth), value_depth_(a.value_depth), steps_(steps) {
+    if (next < end) block_.emplace(a, b, kv_head, a.blocks[b][next]);
+  }
+  void step() {
+    if (!block_) return;
+    for (const int64_t until = block_->count * ++step_ / steps_; row_ < until; ++row_) {
+      ask(block_->key[row_], depth_);
+      ask(block_->value[row_], value_depth_);
+    }
+  }
+
+ private:
+  static void ask(const T* row, int64_t width) {
+    for (int64_t d = 0; d < width; d += 64 / sizeof(T)) __builtin_prefetch(row + d, 0, 2);
+  }
+
+  int64_t depth_, value_depth_, steps_, step_ = 0, row_ = 0;
+  std::optional<Block<T>> block_;
 };
 
 // The rows of a tile that see anything of a block, and how many of its keys.

@@ -62,22 +62,22 @@ class Worker {
   void run(const Task& task, RowSums<T>& d_query, A* of_source) {
     d_query.clear();
     if (of_source) std::fill_n(of_source, a_.rows * a_.sources * 2, A(0));
-    int64_t before = 0;  // blocks of the sources before this one
-    for (int64_t i = 0; i < a_.sources; ++i) {
-      const int64_t blocks = parts(a_.of(task.b, i).count, KEYS);
-      int64_t j = std::max<int64_t>(task.from - before, 0);
-      const int64_t end = std::min(task.until - before, blocks);
-      before += blocks;
-      for (int64_t r = 0; j < end && r < a_.rows; ++r) {
+    const auto& blocks = a_.blocks[task.b];
+    const int64_t end = std::min<int64_t>(task.until, blocks.size());
+    for (int64_t n = task.from; n < end; ++n) {
+      const int64_t i = blocks[n].source;
+      for (int64_t r = 0; (n == task.from || i != blocks[n - 1].source) && r < a_.rows; ++r) {
         seen_[r] = a_.seen(task.b, task.kv_head, i, r);
         bias_[r] = a_.bias_of(task.b, a_.head(task.kv_head, r), i) * LOG2_E<A>;
       }
-      for (; j < end; ++j) block(task, i, {a_, task.b, task.kv_head, i, j * KEYS}, d_query, of_source);
+      Prefetch<T> prefetch(a_, task.b, task.kv_head, n + 1, end, parts(a_.rows, ROWS) * parts(ROWS, k_.rows));
+      block(task, i, {a_, task.b, task.kv_head, blocks[n]}, prefetch, d_query, of_source);
     }
   }
 
  private:
-  void block(const Task& task, int64_t i, const Block<T>& block, RowSums<T>& d_query, A* of_source) {
+  void block(const Task& task, int64_t i, const Block<T>& block, Prefetch<T>& prefetch, RowSums<T>& d_query,
+             A* of_source) {
     d_key_.clear();
     d_value_.clear();
     bool ready = false;
@@ -85,6 +85,7 @@ class Worker {
       int64_t count = 0;  // rows that see anything
       for (int64_t r = first; r < std::min(first + ROWS, a_.rows); r += k_.rows) {
         const Viewers<T> v(seen_.data(), r, std::min({r + k_.rows, first + ROWS, a_.rows}), block);
+        prefetch.step();
         if (v.count == 0) continue;
         if (!ready) {
           keys_.take(block.key, block.count);
@@ -270,15 +271,10 @@ Tensors backward(const Attention<T>& a, const Tensor& grad_, const Maybe& grad_l
   // up.
   constexpr int64_t LEAST_BLOCKS = 4;
   const int64_t heads = a.batch * a.kv_heads, wanted = 4 * torch::stable::get_num_threads();
-  int64_t blocks = 0;
-  for (int64_t b = 0; b < a.batch; ++b) {
-    int64_t own = 0;
-    for (int64_t i = 0; i < a.sources; ++i) own += parts(a.of(b, i).count, KEYS);
-    blocks = std::max(blocks, own);
-  }
-  const int64_t splits =
-      heads >= wanted || heads == 0 ? 1 : std::clamp<int64_t>(blocks / LEAST_BLOCKS, 1, parts(wanted, heads));
-  const int64_t span = std::max<int64_t>(parts(blocks, splits), 1);
+  const int64_t splits = heads >= wanted || heads == 0
+                             ? 1
+                             : std::clamp<int64_t>(a.most_blocks / LEAST_BLOCKS, 1, parts(wanted, heads));
+  const int64_t span = std::max<int64_t>(parts(a.most_blocks, splits), 1);
   std::vector<RowSums<T>> d_queries;
   if (splits > 1)
     for (int64_t k = 0; k < heads * splits; ++k) d_queries.emplace_back(a.rows, needs.query ? a.depth : 0);
@@ -296,7 +292,7 @@ Tensors backward(const Attention<T>& a, const Tensor& grad_, const Maybe& grad_l
     for (int64_t r = 0; needs.query && r < a.rows; ++r)
       sums->put(to.query + a.output_row(h / a.kv_heads, h % a.kv_heads, r) * a.depth, r, a.scale, a.depth);
   };
-  const int64_t cost = a.rows * std::min(span, blocks) * KEYS * 5 * (a.depth + a.value_depth) / 2;
+  const int64_t cost = a.rows * std::min(span, a.most_blocks) * KEYS * 5 * (a.depth + a.value_depth) / 2;
   take_turns(heads, splits, cost, [&](auto take) {
     Worker<T> worker(a, needs, grad, data<A>(lse), delta.data(), to);
     std::optional<RowSums<T>> own;

@@ -51,6 +51,7 @@ class Worker {
       : a_(a),
         keys_(a.depth, rows <= FEW_ROWS<T>),
         values_(KEYS, a.value_depth, rows <= FEW_ROWS<T>),
+        query_(rows),
         seen_(rows),
         bias_(rows),
         logits_(parts(KEYS, k_.columns), k_.rows * k_.columns),
@@ -58,6 +59,7 @@ class Worker {
 
   void run(const Task& task, Partial<T>& out) {
     out.clear(task.rows);
+    for (int64_t r = 0; r < task.rows; ++r) query_[r] = a_.query_row(task.b, task.kv_head, task.first + r);
     const auto& blocks = a_.blocks[task.b];
     const int64_t end = std::min<int64_t>(task.until, blocks.size());
     int64_t source = -1, most = 0;
@@ -74,7 +76,7 @@ class Worker {
       Prefetch<T> prefetch(a_, task.b, task.kv_head, n + 1, end, parts(task.rows, k_.rows));
       for (int64_t r = 0; r < task.rows; r += k_.rows) {
         prefetch.step();
-        tile(task, {seen_.data(), r, std::min(r + k_.rows, task.rows), block}, block, out);
+        tile({seen_.data(), r, std::min(r + k_.rows, task.rows), block}, block, out);
       }
     }
     if (source >= 0) out.close_source(source, task.rows);
@@ -90,10 +92,10 @@ class Worker {
     return *std::max_element(seen_.begin(), seen_.begin() + task.rows);
   }
 
-  void tile(const Task& task, const Viewers<T>& v, const Block<T>& block, Partial<T>& out) {
+  void tile(const Viewers<T>& v, const Block<T>& block, Partial<T>& out) {
     if (v.count == 0) return;
     const T* left[TileKernels<T>::MOST_ROWS];
-    v.fill(left, [&](int64_t i) { return a_.query_row(task.b, task.kv_head, task.first + v.row[i]); });
+    v.fill(left, [&](int64_t i) { return query_[v.row[i]]; });
     keys_.multiply(logits_.data(), left, v.count, v.most);
     for (int64_t i = 0; i < v.count; ++i) {
       const int64_t r = v.row[i];
@@ -110,6 +112,7 @@ class Worker {
   const AttentionKernels<T>& softmax_ = attention_kernels<T>();
   Columns<T> keys_;
   Lines<T> values_;
+  std::vector<const T*> query_;
   std::vector<int64_t> seen_;
   std::vector<A> bias_;
   Buffer<A> logits_;

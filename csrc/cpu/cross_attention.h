@@ -333,9 +333,10 @@ class RowSums {
     v.fill(left, [&](int64_t i) { return weights.row(first_weight + i); });
     Sums<T> apart;
     for (int64_t p = 0; p < panels_; ++p) {
-      v.fill(start, [&](int64_t i) { return row(v.row[i], p); });
       A* const c = v.all ? row(v.row[0], p) : apart.of;
+      v.fill(start, [&](int64_t i) { return v.all ? c + i * k_.columns : row(v.row[i], p); });
       if (common) lines.multiply(c, start, left, k_.group, v.count, p, common);
+      if (v.all && common == v.most) continue;
       for (int64_t i = 0; i < v.count; ++i) {
         A* const to = row(v.row[i], p);
         if (common && !v.all) std::copy_n(c + i * k_.columns, k_.columns, to);

@@ -50,6 +50,8 @@ class Worker {
         grad_lines_(ROWS, a.value_depth, false),
         d_key_(KEYS, a.depth),
         d_value_(KEYS, a.value_depth),
+        query_(a.rows),
+        grad_row_(a.rows),
         seen_(a.rows),
         bias_(a.rows),
         logits_(parts(KEYS, k_.columns), k_.rows * k_.columns),
@@ -62,6 +64,10 @@ class Worker {
   void run(const Task& task, RowSums<T>& d_query, A* of_source) {
     d_query.clear();
     if (of_source) std::fill_n(of_source, a_.rows * a_.sources * 2, A(0));
+    for (int64_t r = 0; r < a_.rows; ++r) {
+      query_[r] = a_.query_row(task.b, task.kv_head, r);
+      grad_row_[r] = grad_.row(task.b, a_.head(task.kv_head, r), r % a_.queries);
+    }
     const auto& blocks = a_.blocks[task.b];
     const int64_t end = std::min<int64_t>(task.until, blocks.size());
     for (int64_t n = task.from; n < end; ++n) {
@@ -94,8 +100,8 @@ class Worker {
           ready = true;
         }
         for (int64_t k = 0; k < v.count; ++k) {
-          query_[count + k] = a_.query_row(task.b, task.kv_head, v.row[k]);
-          grads_[count + k] = grad_.row(task.b, a_.head(task.kv_head, v.row[k]), v.row[k] % a_.queries);
+          queries_[count + k] = query_[v.row[k]];
+          grads_[count + k] = grad_row_[v.row[k]];
         }
         weights(task, i, v, count, of_source);
         if (needs_.query) d_query.add(v, block.count, ds_, count, key_lines_);
@@ -103,7 +109,7 @@ class Worker {
       }
       if (count == 0) continue;
       if (needs_.value[i]) add_transposed(d_value_, p_, count, block.count, grad_lines_, grads_);
-      if (needs_.key[i]) add_transposed(d_key_, ds_, count, block.count, query_lines_, query_);
+      if (needs_.key[i]) add_transposed(d_key_, ds_, count, block.count, query_lines_, queries_);
     }
     for (int64_t j = 0; j < block.count; ++j) {
       const int64_t to =
@@ -116,7 +122,7 @@ class Worker {
   // P and dS of a tile's rows, from row `to` of theirs on.
   void weights(const Task& task, int64_t i, const Viewers<T>& v, int64_t to, A* of_source) {
     const T* left[TileKernels<T>::MOST_ROWS];
-    v.fill(left, [&](int64_t k) { return query_[to + k]; });
+    v.fill(left, [&](int64_t k) { return queries_[to + k]; });
     keys_.multiply(logits_.data(), left, v.count, v.most);
     v.fill(left, [&](int64_t k) { return grads_[to + k]; });
     values_.multiply(d_weights_.data(), left, v.count, v.most);
@@ -157,11 +163,12 @@ class Worker {
   Columns<T> keys_, values_;
   Lines<T> key_lines_, query_lines_, grad_lines_;
   RowSums<T> d_key_, d_value_;
+  std::vector<const T*> query_, grad_row_;  // of each row
   std::vector<int64_t> seen_;
   std::vector<A> bias_;
   Buffer<A> logits_, d_weights_;
   Buffer<T> p_, ds_, left_;
-  const T *query_[ROWS], *grads_[ROWS];
+  const T *queries_[ROWS], *grads_[ROWS];  // of those that see a block
 };
 
 // Keys and values that no query of their sample sees have gradient 0.

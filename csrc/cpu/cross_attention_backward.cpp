@@ -275,12 +275,14 @@ Tensors backward(const Attention<T>& a, const Tensor& grad_, const Maybe& grad_l
   clear_hidden(a, needs, to);
 
   // One task a head, or where that leaves threads without, several that share its keys: their dQ are added
-  // up.
-  constexpr int64_t LEAST_BLOCKS = 4;
+  // up, as long as there is memory for them.
+  constexpr int64_t LEAST_BLOCKS = 4, MOST_BYTES = 48 << 20;
   const int64_t heads = a.batch * a.kv_heads, wanted = 4 * torch::stable::get_num_threads();
+  const int64_t bytes = std::max<int64_t>(heads * a.rows * a.depth * sizeof(A), 1);
   const int64_t splits = heads >= wanted || heads == 0
                              ? 1
-                             : std::clamp<int64_t>(a.most_blocks / LEAST_BLOCKS, 1, parts(wanted, heads));
+                             : std::clamp<int64_t>(std::min(a.most_blocks / LEAST_BLOCKS, MOST_BYTES / bytes),
+                                                   1, parts(wanted, heads));
   const int64_t span = std::max<int64_t>(parts(a.most_blocks, splits), 1);
   std::vector<RowSums<T>> d_queries;
   if (splits > 1)

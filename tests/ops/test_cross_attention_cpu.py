@@ -113,7 +113,7 @@ def step(queries, keys):  # peak, and the size of what the caller holds: inputs,
     def random(heads, rows):  # as a projection leaves them: [B, S, H, D] in memory
         x = torch.randn(2, rows, heads, 64, dtype=torch.DTYPE)
         return x.transpose(1, 2).requires_grad_()
-    query, sources = random(QUERY_HEADS, queries), [(random(8, keys), random(8, keys)) for _ in range(4)]
+    query, sources = random(QUERY_HEADS, queries), [(random(KEY_HEADS, keys), random(KEY_HEADS, keys)) for _ in range(4)]
     inputs = [query, *(t for source in sources for t in source)]
     with backend("BACKEND"):
         out, stats = cross_attention(query, sources, VISIBLE return_stats=True)
@@ -135,10 +135,11 @@ def peak(**what):
 
 
 CASES = {
-    "float32": {"DTYPE": "float32", "QUERY_HEADS": 8, "VISIBLE": ""},
+    "float32": {"DTYPE": "float32", "QUERY_HEADS": 8, "KEY_HEADS": 8, "VISIBLE": ""},
     "bfloat16, grouped, masked": {
         "DTYPE": "bfloat16",
         "QUERY_HEADS": 16,
+        "KEY_HEADS": 8,
         "VISIBLE": "masks=[torch.rand(2, keys) > 0.3] * 4, causal=[True] * 4, ",
     },
 }
@@ -150,6 +151,14 @@ def test_forward_and_backward_hold_little_beside_inputs_outputs_and_gradients(ca
     """In float32 the keys of one source are 16 MiB: not even they are copied whole."""
     used, held = peak(BACKEND="cpu", QUERIES=2048, KEYS=4096, **case)
     assert used < held + 14, (used, held)
+
+
+@pytest.mark.memory
+def test_few_key_heads_are_not_split_into_parts_that_fill_the_memory():
+    """A part has dQ of all query heads, here 16 MiB."""
+    case = {"DTYPE": "float32", "QUERY_HEADS": 32, "KEY_HEADS": 1, "VISIBLE": ""}
+    used, held = peak(BACKEND="cpu", QUERIES=2048, KEYS=4096, **case)
+    assert used < held + 64, (used, held)
 
 
 @pytest.mark.memory

@@ -228,7 +228,7 @@ struct Viewers {
   // f(i) for each row of a tile: a short one's last row fills it up.
   template <class P, class F>
   void fill(P* to, F f) const {
-    for (int64_t i = 0; i < tile_kernels<T>().rows; ++i) to[i] = f(std::min(i, count - 1));
+    for (int64_t i = 0; i < MOST_ROWS; ++i) to[i] = f(std::min(i, count - 1));
   }
 };
 

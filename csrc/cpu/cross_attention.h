@@ -279,8 +279,10 @@ class Lines {
   int64_t panels() const { return parts(width_, k_.columns); }
   int64_t used(int64_t p) const { return std::min(k_.columns, width_ - p * k_.columns); }
   const T* row(int64_t k) const { return of_[k]; }
-  void take(const T* const* of, int64_t count) {
+  // Rows of float32 that follow one another need no packing, unless what they are multiplied with is packed.
+  void take(const T* const* of, int64_t count, bool left_is_packed = false) {
     of_ = of;
+    adjacent_ = sizeof(T) > 2 && !left_is_packed && count && of[count - 1] - of[0] == (count - 1) * width_;
     for (int64_t p = 0; p < panels(); ++p)
       if (!lies_ready(p)) k_.pack_rows(packed_.row(p), of, p * k_.columns, count, used(p));
   }
@@ -294,11 +296,11 @@ class Lines {
   }
 
  private:
-  bool lies_ready(int64_t p) const { return in_place_ && used(p) == k_.columns; }
+  bool lies_ready(int64_t p) const { return (in_place_ || adjacent_) && used(p) == k_.columns; }
 
   const TileKernels<T>& k_ = tile_kernels<T>();
   int64_t width_;
-  bool in_place_;
+  bool in_place_, adjacent_ = false;
   Buffer<char> packed_;
   const T* const* of_ = nullptr;
 };

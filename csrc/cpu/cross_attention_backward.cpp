@@ -138,7 +138,7 @@ class Worker {
   // sums [keys] += weights[0 .. count).T @ rows
   void add_transposed(RowSums<T>& sums, const Buffer<T>& weights, int64_t count, int64_t keys,
                       Lines<T>& lines, const T* const* rows) {
-    lines.take(rows, count);
+    lines.take(rows, count, true);
     const T* from[ROWS];
     for (int64_t k = 0; k < count; ++k) from[k] = weights.row(k);
     const T* left[TileKernels<T>::MOST_ROWS];

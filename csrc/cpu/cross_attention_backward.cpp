@@ -29,17 +29,26 @@ struct Task {
   int64_t b, kv_head, from, until;
 };
 
+template <class A>
+A lse_gradient(const Maybe& grad_lse, int64_t b, int64_t h, int64_t l) {
+  return grad_lse
+             ? static_cast<const A*>(grad_lse->data_ptr())[b * grad_lse->stride(0) + h * grad_lse->stride(1) +
+                                                           l * grad_lse->stride(2)]
+             : A(0);
+}
+
 template <class T, class A = typename wide<T>::type>
 class Worker {
  public:
   static constexpr int64_t KEYS = AttentionKernels<T>::KEYS;
   static constexpr int64_t ROWS = 96;  // of queries, whose weights stay in the second cache
 
-  Worker(const Attention<T>& a, const Needs& needs, const Heads<T>& grad, const A* lse, const A* delta,
-         const Gradients<T>& out)
+  Worker(const Attention<T>& a, const Needs& needs, const Heads<T>& grad, const Maybe& grad_lse, const A* lse,
+         const A* delta, const Gradients<T>& out)
       : a_(a),
         needs_(needs),
         grad_(grad),
+        grad_lse_(grad_lse),
         lse_(lse),
         delta_(delta),
         out_(out),
@@ -53,6 +62,7 @@ class Worker {
         query_(a.rows),
         grad_row_(a.rows),
         seen_(a.rows),
+        seen_of_all_(a.rows),
         bias_(a.rows),
         logits_(parts(KEYS, k_.columns), k_.rows * k_.columns),
         d_weights_(parts(KEYS, k_.columns), k_.rows * k_.columns),
@@ -67,6 +77,8 @@ class Worker {
     for (int64_t r = 0; r < a_.rows; ++r) {
       query_[r] = a_.query_row(task.b, task.kv_head, r);
       grad_row_[r] = grad_.row(task.b, a_.head(task.kv_head, r), r % a_.queries);
+      seen_of_all_[r] = 0;
+      for (int64_t i = 0; i < a_.sources; ++i) seen_of_all_[r] += a_.seen(task.b, task.kv_head, i, r);
     }
     const auto& blocks = a_.blocks[task.b];
     const int64_t end = std::min<int64_t>(task.until, blocks.size());
@@ -128,9 +140,12 @@ class Worker {
     values_.multiply(d_weights_.data(), left, v.count, v.most);
     for (int64_t k = 0; k < v.count; ++k) {
       const int64_t r = v.row[k], at = a_.output_row(task.b, task.kv_head, r);
+      const bool alone = v.keys[k] == seen_of_all_[r];
+      const A delta =
+          alone ? -lse_gradient<A>(grad_lse_, task.b, a_.head(task.kv_head, r), r % a_.queries) : delta_[at];
       softmax_.softmax_backward(p_.row(to + k), ds_.row(to + k), logits_.data() + k * k_.columns,
                                 d_weights_.data() + k * k_.columns, k_.rows * k_.columns, v.keys[k],
-                                a_.scale2, bias_[r], lse_[at] * LOG2_E<A>, delta_[at],
+                                a_.scale2, bias_[r], lse_[at] * LOG2_E<A>, delta, alone,
                                 of_source ? of_source + (r * a_.sources + i) * 2 : nullptr);
     }
   }
@@ -156,6 +171,7 @@ class Worker {
   const Attention<T>& a_;
   const Needs& needs_;
   const Heads<T>& grad_;
+  const Maybe& grad_lse_;
   const A *lse_, *delta_;
   const Gradients<T>& out_;
   const TileKernels<T>& k_ = tile_kernels<T>();
@@ -163,8 +179,8 @@ class Worker {
   Columns<T> keys_, values_;
   Lines<T> key_lines_, query_lines_, grad_lines_;
   RowSums<T> d_key_, d_value_;
-  std::vector<const T*> query_, grad_row_;  // of each row
-  std::vector<int64_t> seen_;
+  std::vector<const T*> query_, grad_row_;   // of each row
+  std::vector<int64_t> seen_, seen_of_all_;  // its keys of a source, and of all of them
   std::vector<A> bias_;
   Buffer<A> logits_, d_weights_;
   Buffer<T> p_, ds_, left_;
@@ -192,12 +208,6 @@ void clear_hidden(const Attention<T>& a, const Needs& needs, const Gradients<T>&
   });
 }
 
-template <class A>
-A lse_gradient(const Tensor& grad_lse, int64_t b, int64_t h, int64_t l) {
-  return static_cast<const A*>(
-      grad_lse.data_ptr())[b * grad_lse.stride(0) + h * grad_lse.stride(1) + l * grad_lse.stride(2)];
-}
-
 // Of one key head h, from the sums of dS and P for each of its rows and sources. A row's dS add up to the
 // gradient of its lse, but for what rounding `out` has done to delta, which is taken out here: with few
 // sources the difference is all there is.
@@ -208,7 +218,7 @@ void bias_gradient(const Attention<T>& a, int64_t h, const A* of_source, const M
     for (int64_t l = 0; l < a.queries; ++l, of_source += a.sources * 2) {
       Wider<A> rest = 0, all = 0;
       for (int64_t i = 0; i < a.sources; ++i) rest += of_source[i * 2], all += of_source[i * 2 + 1];
-      if (grad_lse) rest -= lse_gradient<A>(*grad_lse, head / a.heads, head % a.heads, l);
+      rest -= lse_gradient<A>(grad_lse, head / a.heads, head % a.heads, l);
       for (int64_t i = 0; i < a.sources; ++i)
         if (of_source[i * 2 + 1] != 0) sums[i] += of_source[i * 2] - rest / all * of_source[i * 2 + 1];
     }
@@ -216,36 +226,19 @@ void bias_gradient(const Attention<T>& a, int64_t h, const A* of_source, const M
   }
 }
 
-// [B, H, L]: sum of grad * out, less the gradient of lse. The sum is made as those of grad * value are, on
-// the diagonal of a tile: a query that sees one key has out = value, and its dS is 0 to the bit.
+// [B, H, L]: sum of grad * out, less the gradient of lse.
 template <class T, class A = typename wide<T>::type>
 Buffer<A> deltas(const Attention<T>& a, const Heads<T>& grad, const Maybe& grad_lse, const T* out) {
-  const auto& k = tile_kernels<T>();
   const int64_t rows = a.batch * a.heads * a.queries;
   Buffer<A> delta(rows, 1);
-  parallel_rows(parts(rows, k.rows), k.rows * a.value_depth, [&](int64_t from, int64_t until) {
-    Columns<T> columns(a.value_depth, false);
-    Sums<T> sums;
-    const T *left[TileKernels<T>::MOST_ROWS], *right[TileKernels<T>::MOST_ROWS];
-    for (int64_t first = from * k.rows; first < std::min(until * k.rows, rows); first += k.rows) {
-      const int64_t count = std::min(k.rows, rows - first);
-      const auto at = [&](int64_t i, auto f) {
-        const int64_t r = first + std::min(i, count - 1);
-        return f(r / a.queries / a.heads, r / a.queries % a.heads, r % a.queries);
-      };
-      for (int64_t i = 0; i < k.rows; ++i) {
-        left[i] = at(i, [&](int64_t b, int64_t h, int64_t l) { return grad.row(b, h, l); });
-        right[i] = out + (first + std::min(i, count - 1)) * a.value_depth;
-      }
-      columns.take(right, count);
-      columns.multiply(sums.of, left, count, count);
-      for (int64_t i = 0; i < count; ++i) {
-        // a narrow tile's diagonal goes on in its next panel
-        delta.data()[first + i] = sums.of[(i / k.columns * k.rows + i) * k.columns + i % k.columns];
-        if (grad_lse)
-          delta.data()[first + i] -=
-              at(i, [&](int64_t b, int64_t h, int64_t l) { return lse_gradient<A>(*grad_lse, b, h, l); });
-      }
+  parallel_rows(rows, a.value_depth, [&](int64_t from, int64_t until) {
+    std::vector<A> wide_out(a.value_depth);
+    for (int64_t r = from; r < until; ++r) {
+      const int64_t b = r / a.queries / a.heads, h = r / a.queries % a.heads, l = r % a.queries;
+      std::fill(wide_out.begin(), wide_out.end(), A(0));
+      row_kernels<T>().accumulate(wide_out.data(), 1, out + r * a.value_depth, a.value_depth);
+      delta.data()[r] = row_kernels<T>().dot(grad.row(b, h, l), wide_out.data(), a.value_depth) -
+                        lse_gradient<A>(grad_lse, b, h, l);
     }
   });
   return delta;
@@ -303,7 +296,7 @@ Tensors backward(const Attention<T>& a, const Tensor& grad_, const Maybe& grad_l
   };
   const int64_t cost = a.rows * std::min(span, a.most_blocks) * KEYS * 5 * (a.depth + a.value_depth) / 2;
   take_turns(heads, splits, cost, [&](auto take) {
-    Worker<T> worker(a, needs, grad, data<A>(lse), delta.data(), to);
+    Worker<T> worker(a, needs, grad, grad_lse, data<A>(lse), delta.data(), to);
     std::optional<RowSums<T>> own;
     if (splits == 1) own.emplace(a.rows, needs.query ? a.depth : 0);
     for (int64_t k; (k = take()) >= 0;) {

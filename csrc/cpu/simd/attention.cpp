@@ -126,33 +126,46 @@ Acc<T> softmax(T* p, const Acc<T>* s, int64_t stride, int64_t count, Acc<T> scal
                        : softmax_of<T, false>(p, s, stride, count, scale, bias, max, sum);
 }
 
-template <class T, bool WHOLE>
+template <class T, bool WHOLE, bool ALONE>
 void softmax_backward_of(T* p, T* ds, const Acc<T>* s, const Acc<T>* dp, int64_t stride, int64_t count,
                          Acc<T> scale, Acc<T> shift, Acc<T> delta, Acc<T>* sums) {
   using V = Vec<T>;
-  V total_p{}, total_ds{};
+  V e[VECTORS<T>], total_p{}, total_ds{}, mean{};
 #pragma GCC unroll 16
   for (int v = 0; v < VECTORS<T>; ++v) {
-    V e = exp2<T>(part<T>(s, stride, v) * scale + shift);
-    V d = e * (part<T>(dp, stride, v) - delta);
-    if (!WHOLE) {
-      const auto seen = among<T>(v, count);
-      e = seen ? e : V{};
-      d = seen ? d : V{};
+    e[v] = exp2<T>(part<T>(s, stride, v) * scale + shift);
+    if (!WHOLE) e[v] = among<T>(v, count) ? e[v] : V{};
+    total_p += e[v];
+  }
+  if (ALONE) {
+    const V whole = V{} + total(total_p);
+#pragma GCC unroll 16
+    for (int v = 0; v < VECTORS<T>; ++v) {
+      e[v] /= whole;
+      const V weighted = e[v] * part<T>(dp, stride, v);
+      mean += among<T>(v, count) ? weighted : V{};
     }
-    store(p + v * lanes<T>, e, Whole{});
+    mean = V{} + total(mean);
+  }
+#pragma GCC unroll 16
+  for (int v = 0; v < VECTORS<T>; ++v) {
+    const V dx = part<T>(dp, stride, v);
+    V d = e[v] * (ALONE ? dx - mean - delta : dx - delta);
+    if (!WHOLE) d = among<T>(v, count) ? d : V{};
+    store(p + v * lanes<T>, e[v], Whole{});
     store(ds + v * lanes<T>, d, Whole{});
-    total_p += e, total_ds += d;
+    total_ds += d;
   }
   if (sums) sums[0] += total(total_ds), sums[1] += total(total_p);
 }
 
 template <class T>
 void softmax_backward(T* p, T* ds, const Acc<T>* s, const Acc<T>* dp, int64_t stride, int64_t count,
-                      Acc<T> scale, Acc<T> bias, Acc<T> lse, Acc<T> delta, Acc<T>* sums) {
-  (count == KEYS ? softmax_backward_of<T, true> : softmax_backward_of<T, false>)(p, ds, s, dp, stride, count,
-                                                                                 scale, bias - lse, delta,
-                                                                                 sums);
+                      Acc<T> scale, Acc<T> bias, Acc<T> lse, Acc<T> delta, bool alone, Acc<T>* sums) {
+  const auto of = alone           ? softmax_backward_of<T, false, true>
+                  : count == KEYS ? softmax_backward_of<T, true, false>
+                                  : softmax_backward_of<T, false, false>;
+  of(p, ds, s, dp, stride, count, scale, bias - lse, delta, sums);
 }
 
 template <class A>

@@ -11,10 +11,10 @@ struct Partial {
   int64_t lanes = attention_kernels<T>().lanes, sources;
   RowSums<T> sums;
   Buffer<A> max, total;                // [rows], [rows, lanes]
-  Buffer<A> source_total, source_max;  // [rows, n]
+  Buffer<A> source_total, source_max;  // [rows, n + 1], the joint last
 
   Partial(const Attention<T>& a, int64_t rows)
-      : sources(a.sources),
+      : sources(a.sources + 1),
         sums(rows, a.value_depth),
         max(rows, 1),
         total(rows, lanes),
@@ -133,7 +133,7 @@ Tensors forward(const Attention<T>& a, bool want_mass) {
 
   // Adds up parts of the keys, which is one part where there is work enough without.
   const auto finish = [&](const Task& task, Partial<T>* partials, int64_t count) {
-    std::vector<Wider<A>> of_source(a.sources);
+    std::vector<Wider<A>> of_source(a.sources + 1);
     for (int64_t r = 0; r < task.rows; ++r) {
       const int64_t to = a.output_row(task.b, task.kv_head, task.first + r);
       A max = *partials[0].max.row(r);
@@ -141,7 +141,7 @@ Tensors forward(const Attention<T>& a, bool want_mass) {
       std::fill(of_source.begin(), of_source.end(), 0);
       const auto factor = [max](A of) { return of == max ? A(1) : std::exp2(of - max); };
       for (int64_t s = 0; s < count; ++s)
-        for (int64_t i = 0; i < a.sources; ++i)
+        for (int64_t i = 0; i <= a.sources; ++i)
           if (const A sum = partials[s].source_total.row(r)[i]; sum != 0)
             of_source[i] += sum * factor(partials[s].source_max.row(r)[i]);
       const auto total = std::accumulate(of_source.begin(), of_source.end(), Wider<A>(0));
@@ -202,7 +202,7 @@ Tensors cross_attention(Tensor query, Tensors keys, Tensors values, MaybeTensors
   const ScalarType type = query.scalar_type();
   Tensors made = by_type(type, [&](auto zero, auto to) {
     return forward<decltype(zero)>(
-        {to(query), to(keys), to(values), lengths, masks, present, causal, source_bias, scale}, mass);
+        {to(query), to(keys), to(values), lengths, masks, present, causal, source_bias, scale, mass}, mass);
   });
   made[0] = type == ScalarType::Half ? cast(made[0], type) : made[0];
   return made;

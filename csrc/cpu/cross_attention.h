@@ -50,7 +50,7 @@ struct Keys {
   int64_t place(int64_t j) const { return at.empty() ? j : at[j]; }
 };
 
-// Where a block of keys begins.
+// Where a block of keys begins. Behind the sources there is their joint, see Attention.
 struct BlockStart {
   int64_t source, first;
 };
@@ -65,8 +65,12 @@ struct Attention {
   Heads<T> query;
   std::vector<Heads<T>> key, value;
   int64_t batch, heads, kv_heads, queries, depth, value_depth, sources;
-  int64_t group, rows;                          // query heads of a key head; their queries together
-  std::vector<Keys> keys;                       // [B, n]
+  int64_t group, rows;     // query heads of a key head; their queries together
+  std::vector<Keys> keys;  // [B, n]
+  // Sources of which all queries see the same keys, without a bias, are one: the joint, which takes the place
+  // of source n. So the end of a source leaves no block half empty.
+  std::vector<bool> joins;                      // [n]
+  std::vector<int64_t> joint;                   // [B], its keys
   std::vector<std::vector<BlockStart>> blocks;  // [B], those of all sources in turn
   int64_t most_blocks = 0;                      // of any sample
   std::vector<bool> causal;
@@ -75,7 +79,7 @@ struct Attention {
 
   Attention(const Tensor& query_, const Tensors& keys_, const Tensors& values, const MaybeTensors& lengths,
             const MaybeTensors& masks, const Maybe& present_, const std::vector<bool>& causal_,
-            const Maybe& bias_, std::optional<double> scale_)
+            const Maybe& bias_, std::optional<double> scale_, bool by_source)
       : query(query_),
         batch(query_.size(0)),
         heads(query_.size(1)),
@@ -87,6 +91,7 @@ struct Attention {
         group(heads / kv_heads),
         rows(group * queries),
         keys(batch * sources),
+        joint(batch, 0),
         blocks(batch),
         causal(causal_),
         scale(scale_ ? *scale_ : 1 / std::sqrt(static_cast<double>(query_.size(3)))),
@@ -96,11 +101,18 @@ struct Attention {
     for (int64_t i = 0; i < sources; ++i) {
       key.emplace_back(keys_[i]);
       value.emplace_back(values[i]);
+      joins.push_back(!by_source && !bias && !causal[i] && !(present && present->dim() == 3));
       for (int64_t b = 0; b < batch; ++b) {
         const Keys& own = keys[b * sources + i] = find(i, b, lengths[i], masks[i]);
-        for (int64_t first = 0; first < own.count; first += KEYS) blocks[b].push_back({i, first});
-        most_blocks = std::max<int64_t>(most_blocks, blocks[b].size());
+        if (joins[i])
+          joint[b] += own.count;
+        else
+          for (int64_t first = 0; first < own.count; first += KEYS) blocks[b].push_back({i, first});
       }
+    }
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t first = 0; first < joint[b]; first += KEYS) blocks[b].push_back({sources, first});
+      most_blocks = std::max<int64_t>(most_blocks, blocks[b].size());
     }
   }
 
@@ -123,6 +135,7 @@ struct Attention {
 
   // How many keys of source i row r sees: the first so many.
   int64_t seen(int64_t b, int64_t kv_head, int64_t i, int64_t r) const {
+    if (i == sources) return joint[b];
     const Keys& k = of(b, i);
     if (k.count == 0 || bias_of(b, head(kv_head, r), i) == -std::numeric_limits<A>::infinity()) return 0;
     const int64_t l = r % queries;
@@ -167,17 +180,40 @@ struct Attention {
 template <class T>
 struct Block {
   static constexpr int64_t KEYS = AttentionKernels<T>::KEYS;
-  int64_t first, count;
+  // Keys from ... until of the block are those of one source from number `first` on.
+  struct Part {
+    int64_t source, first, from, until;
+  };
+  int64_t first, count, parts = 0;
+  Part part[KEYS];  // more than one in the joint only
   const T *key[KEYS], *value[KEYS];
 
-  Block(const Attention<T>& a, int64_t b, int64_t kv_head, BlockStart start)
-      : first(start.first), count(std::min(KEYS, a.of(b, start.source).count - first)) {
-    const auto& [i, _] = start;
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t s = a.of(b, i).place(first + j);
-      key[j] = a.key[i].row(b, kv_head, s);
-      value[j] = a.value[i].row(b, kv_head, s);
+  Block(const Attention<T>& a, int64_t b, int64_t kv_head, BlockStart start) : first(start.first) {
+    const bool joint = start.source == a.sources;
+    count = std::min(KEYS, (joint ? a.joint[b] : a.of(b, start.source).count) - first);
+    int64_t i = joint ? 0 : start.source, at = first;
+    for (int64_t j = 0; j < count; ++i) {
+      if (joint && !a.joins[i]) continue;
+      const int64_t here = std::min(count - j, a.of(b, i).count - at);
+      if (here > 0) take(a, b, kv_head, {i, at, j, j + here}), j += here;
+      at = std::max<int64_t>(at - a.of(b, i).count, 0);
     }
+  }
+
+ private:
+  void take(const Attention<T>& a, int64_t b, int64_t kv_head, const Part& p) {
+    part[parts++] = p;
+    const Keys& own = a.of(b, p.source);
+    const auto gather = [&](const T** to, const Heads<T>& heads) {
+      const T* const start = heads.row(b, kv_head, 0);
+      const int64_t stride = heads.row_stride, less = p.first - p.from;
+      if (own.at.empty())
+        for (int64_t j = p.from; j < p.until; ++j) to[j] = start + (j + less) * stride;
+      else
+        for (int64_t j = p.from; j < p.until; ++j) to[j] = start + own.at[j + less] * stride;
+    };
+    gather(key, a.key[p.source]);
+    gather(value, a.value[p.source]);
   }
 };
 

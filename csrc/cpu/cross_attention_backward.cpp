@@ -98,6 +98,10 @@ class Worker {
              A* of_source) {
     d_key_.clear();
     d_value_.clear();
+    const auto needed = [&](const std::vector<bool>& of) {
+      return i < a_.sources ? of[i] : std::find(of.begin(), of.end(), true) != of.end();
+    };
+    const bool needs_key = needed(needs_.key), needs_value = needed(needs_.value);
     bool ready = false;
     for (int64_t first = 0; first < a_.rows; first += ROWS) {
       int64_t count = 0;  // rows that see anything
@@ -120,14 +124,17 @@ class Worker {
         count += v.count;
       }
       if (count == 0) continue;
-      if (needs_.value[i]) add_transposed(d_value_, p_, count, block.count, grad_lines_, grads_);
-      if (needs_.key[i]) add_transposed(d_key_, ds_, count, block.count, query_lines_, queries_);
+      if (needs_value) add_transposed(d_value_, p_, count, block.count, grad_lines_, grads_);
+      if (needs_key) add_transposed(d_key_, ds_, count, block.count, query_lines_, queries_);
     }
-    for (int64_t j = 0; j < block.count; ++j) {
-      const int64_t to =
-          (task.b * a_.kv_heads + task.kv_head) * a_.key[i].rows + a_.of(task.b, i).place(block.first + j);
-      if (needs_.key[i]) d_key_.put(out_.key[i] + to * a_.depth, j, a_.scale, a_.depth);
-      if (needs_.value[i]) d_value_.put(out_.value[i] + to * a_.value_depth, j, 1, a_.value_depth);
+    for (const auto* p = block.part; p < block.part + block.parts; ++p) {
+      const int64_t head = (task.b * a_.kv_heads + task.kv_head) * a_.key[p->source].rows;
+      for (int64_t j = p->from; j < p->until; ++j) {
+        const int64_t to = head + a_.of(task.b, p->source).place(p->first + j - p->from);
+        if (needs_.key[p->source]) d_key_.put(out_.key[p->source] + to * a_.depth, j, a_.scale, a_.depth);
+        if (needs_.value[p->source])
+          d_value_.put(out_.value[p->source] + to * a_.value_depth, j, 1, a_.value_depth);
+      }
     }
   }
 
@@ -321,8 +328,8 @@ Tensors cross_attention_backward(Tensor grad, Maybe grad_lse, Tensor query, Tens
   const ScalarType type = query.scalar_type();
   Tensors made = by_type(type, [&](auto zero, auto to) {
     return backward<decltype(zero)>(
-        {to(query), to(keys), to(values), lengths, masks, present, causal, source_bias, scale}, to(grad),
-        grad_lse, to(torch::stable::contiguous(out)), torch::stable::contiguous(lse), needs);
+        {to(query), to(keys), to(values), lengths, masks, present, causal, source_bias, scale, false},
+        to(grad), grad_lse, to(torch::stable::contiguous(out)), torch::stable::contiguous(lse), needs);
   });
   if (type == ScalarType::Half)  // all but the gradient of the bias, which is as wide as the sums
     for (size_t i = 0; i < made.size() - needs.back(); ++i) made[i] = cast(made[i], type);

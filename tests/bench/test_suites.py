@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 from mmfast import ops
-from mmfast.bench import bench_concat_linear, bench_cross_attention, bench_group_norm
+from mmfast.bench import (
+    bench_concat_linear,
+    bench_cross_attention,
+    bench_cross_attention_scaling,
+    bench_group_norm,
+)
 from mmfast.bench.measure import measure
 from mmfast.bench.report import Record
 
@@ -19,6 +24,7 @@ PEERS = {
     bench_concat_linear: ["eager", "compiled", "split"],
     bench_group_norm: ["eager", "copied", "compiled"],
     bench_cross_attention: ["sdpa", "cat", "merge", "flex"],
+    bench_cross_attention_scaling: ["alone"],
 }
 FEWER = bench_cross_attention  # not every peer does every work
 WORKS = [(suite, at) for suite in PEERS for at in range(len(suite.works("cpu")))]
@@ -38,6 +44,11 @@ def tiny(monkeypatch):
         for name, mix in bench_cross_attention.MIXES.items()
     }
     monkeypatch.setattr(bench_cross_attention, "MIXES", small)
+    scaled = {
+        name: replace(layout, keys=40 if layout.by else 48, batch=2, heads=2, queries=7, depth=16)
+        for name, layout in bench_cross_attention_scaling.LAYOUTS.items()
+    }
+    monkeypatch.setattr(bench_cross_attention_scaling, "LAYOUTS", scaled)
     monkeypatch.setattr(bench_concat_linear.torch, "compile", lambda call, **_: call)
 
 

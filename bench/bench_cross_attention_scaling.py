@@ -1,6 +1,7 @@
 """``cross_attention`` against itself: its time follows the keys that are seen, however they are laid out.
 
-As many keys in several sources as in one; and keys of which a part is absent, beside what is left of them alone.
+As many keys in several sources as in one; and keys of which a part is absent, beside what is left of them
+alone.
 """
 
 import functools

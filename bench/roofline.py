@@ -1,6 +1,6 @@
 """Draws a record of ``bench_cross_attention`` under the roof of its machine.
 
-``python -m mmfast.bench.roofline bench/results/cross_attention-<machine>.json docs/ops/cross_attention_roofline.png``
+``python -m mmfast.bench.roofline bench/results/cross_attention-<machine>.json docs/ops/<picture>.png``
 """
 
 import json

@@ -62,27 +62,32 @@ UNTUNED[90] = {
     "grad_query_64.tf32": tiles(64, 32, num_warps=8, num_stages=2),
     "grad_query_128.half": tiles(128, 32, num_warps=8, num_stages=2),
     "grad_query_128.tf32": tiles(32, 32, num_warps=8, num_stages=1),
+    "grad_query_128.ieee": tiles(16, 16, num_warps=8, num_stages=2),
     "grad_source_64.tf32": tiles(32, 64, num_warps=8, num_stages=2),
     "grad_source_128.half": tiles(32, 64, num_warps=8, num_stages=1),
     "grad_source_128.ieee": tiles(16, 16, num_warps=4, num_stages=2),
 }
 UNTUNED[100] = {
     **UNTUNED[90],
-    "grad_query_64.half": tiles(128, 64, num_warps=8, num_stages=1),
     "grad_query_128.half": tiles(64, 64, num_warps=8, num_stages=2),
-    "grad_query_128.tf32": tiles(64, 16, num_warps=8, num_stages=2),
+    "grad_query_128.tf32": tiles(32, 32, num_warps=8, num_stages=2),
     "grad_source_64.half": tiles(64, 64, num_warps=8, num_stages=1),
     "grad_source_64.tf32": tiles(64, 32, num_warps=8, num_stages=2),
     "grad_source_128.half": tiles(32, 64, num_warps=4, num_stages=1),
 }
 
 
-@triton.jit(do_not_specialize=["queries", "heads"])
+@triton.jit(do_not_specialize=["present_step", "flag_step", "queries", "heads"])
 def delta_kernel(
-    delta, grad, grad_strides, out, out_strides, grad_lse, queries, heads,
+    delta, alone, grad, grad_strides, out, out_strides, grad_lse, sources,
+    present, present_step, flag_step, source_bias, bias_strides, queries, heads,
     VALUE_DEPTH: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """``delta = sum(grad * out) - grad_lse``: softmax takes it from the gradient of each weight."""
+    """``delta = sum(grad * out) - grad_lse``: softmax takes it from the gradient of each weight.
+
+    A row is ``alone`` with one key. There ``sum(grad * out)`` is the gradient of its weight, made in another
+    order, and what rounding leaves of their difference would be all there is: both are left out.
+    """
     blocks = tl.cdiv(queries, BLOCK_M)
     both = tl.program_id(0) // blocks
     sample, head = both // heads, both % heads
@@ -92,11 +97,39 @@ def delta_kernel(
         start_of(grad, grad_strides, sample, head), grad_strides[2], row, real, VALUE_DEPTH, BLOCK_DV
     )
     o = load_rows(start_of(out, out_strides, sample, head), out_strides[2], row, real, VALUE_DEPTH, BLOCK_DV)
-    d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    count = tl.zeros([BLOCK_M], tl.int32)
+    for i in tl.static_range(len(sources)):
+        source = sources[i]
+        bias = bias_of(source_bias, bias_strides, sample, head, source.number)
+        limit, lead = limits(source, sample, queries, present, present_step, flag_step)
+        limit = tl.where(bias == float("-inf"), 0, limit)
+        flags = flags_of(present, present_step, flag_step, sample, source.number)
+        end = ends_of(row, queries, limit, lead, flags, flag_step)  # [M]
+        count = count_up_to_two(count, source, sample, end)
+    d = tl.where(count == 1, 0.0, tl.sum(g.to(tl.float32) * o.to(tl.float32), 1))
     at = both.to(tl.int64) * queries + row
+    tl.store(alone + at, count == 1, mask=real)
     if grad_lse is not None:
         d -= tl.load(grad_lse + at, mask=real, other=0.0)
     tl.store(delta + at, d, mask=real)
+
+
+@triton.jit
+def count_up_to_two(count, source, sample, end):
+    """Adds to ``count`` the keys below ``end`` that the mask leaves, at least until there are two."""
+    if source.mask is None:
+        count += end
+    else:
+        is_masked = (source.packed & 4) != 0
+        count += tl.where(is_masked, 0, end)
+        mask = source.mask + sample.to(tl.int64) * size_of(source)
+        k0 = tl.where(is_masked, 0, size_of(source))
+        while tl.max(((count < 2) & (k0 < end)).to(tl.int32), 0) > 0:
+            k = k0 + tl.arange(0, 64)
+            left = unmasked(mask, is_masked, k, k < size_of(source))  # [N]
+            count += tl.sum((left[None, :] & (k[None, :] < end[:, None])).to(tl.int32), 1)
+            k0 += 64
+    return count
 
 
 @triton.jit
@@ -127,7 +160,7 @@ def differentiate(
 
 @triton.jit(do_not_specialize=["present_step", "flag_step", "num_sources", "queries", "heads", "group"])
 def grad_query_kernel(
-    grad_query, bias_sum, grad, grad_strides, lse, delta, query, query_strides, sources,
+    grad_query, bias_sum, grad, grad_strides, lse, delta, alone, query, query_strides, sources,
     present, present_step, flag_step, source_bias, bias_strides, num_sources, scale, queries, heads, group,
     PRECISION: tl.constexpr, DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -144,6 +177,7 @@ def grad_query_kernel(
     g = load_rows(
         start_of(grad, grad_strides, sample, head), grad_strides[2], row, real, VALUE_DEPTH, BLOCK_DV
     )
+    g = tl.where((tl.load(alone + at, mask=real, other=1) == 0)[:, None], g, 0.0)
     log_sum = tl.load(lse + at, mask=real, other=0.0) * LOG2E
     d = tl.load(delta + at, mask=real, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -199,7 +233,7 @@ def rows_with(flags, flag_step, queries, CHUNK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["present_step", "flag_step", "queries", "kv_heads", "group"])
 def grad_source_kernel(
-    grad, grad_strides, lse, delta, query, query_strides, sources,
+    grad, grad_strides, lse, delta, alone, query, query_strides, sources,
     present, present_step, flag_step, source_bias, bias_strides, scale, queries, kv_heads, group,
     PRECISION: tl.constexpr, DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -285,8 +319,10 @@ def grad_source_kernel(
             if grad_value is not None:
                 dv = tl.dot(weights.to(g.dtype), g, dv, input_precision=PRECISION)
             if grad_key is not None:
-                ds = weights * (tl.dot(values, tl.trans(g), input_precision=PRECISION) - d[None, :])
-                ds = tl.where(seen, ds, 0.0)
+                is_alone = tl.load(alone + row_of + row, mask=row < queries, other=1) != 0
+                dp = tl.dot(values, tl.trans(g), input_precision=PRECISION)
+                dp = tl.where(is_alone[None, :], 0.0, dp)
+                ds = tl.where(seen, weights * (dp - d[None, :]), 0.0)
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     if grad_key is not None:
         store_rows(grad_key, dk * scale, k, k < size, inside, DEPTH, BLOCK_D)
@@ -329,17 +365,18 @@ def cross_attention_backward(
     ]
     grad_query, grad_keys, grad_values, grad_bias = made[0], made[1 : n + 1], made[n + 1 : -1], made[-1]
     query, grad, out, lse = dense(query), dense(grad), dense(out), lse.contiguous()
-    delta = torch.empty_like(lse)
+    delta, alone = torch.empty_like(lse), torch.empty_like(lse, dtype=torch.bool)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     bias = source_bias, None if source_bias is None else source_bias.stride()
     seen_by = (*presence(present), *bias)
     with on(query.device):
-        delta_kernel[(batch * heads * triton.cdiv(queries, 16),)](
-            delta, grad, grad.stride()[:3], out, out.stride()[:3],
-            None if grad_lse is None else grad_lse.contiguous(), queries, heads,
-            VALUE_DEPTH=depth["VALUE_DEPTH"], BLOCK_DV=depth["BLOCK_DV"], BLOCK_M=16,
+        delta_kernel[(batch * heads * triton.cdiv(queries, 8),)](
+            delta, alone, grad, grad.stride()[:3], out, out.stride()[:3],
+            None if grad_lse is None else grad_lse.contiguous(),
+            sources_of(keys, values, lengths, masks, causal), *seen_by, queries, heads,
+            VALUE_DEPTH=depth["VALUE_DEPTH"], BLOCK_DV=depth["BLOCK_DV"], BLOCK_M=8,
         )  # fmt: skip
-        upstream = grad, grad.stride()[:3], lse, delta, query, query.stride()[:3]
+        upstream = grad, grad.stride()[:3], lse, delta, alone, query, query.stride()[:3]
 
         if grad_query is not None or grad_bias is not None:
             options = configuration("cross_attention", f"grad_query_{size}", query, query.dtype, UNTUNED)

@@ -15,7 +15,6 @@ TENSOR_CORE = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 # thread holds whole rows of what it multiplies in registers: these are the smallest tiles that Triton has.
 ACCEPTED = {
     ("grad_source_kernel", "depth 128, one source", 80, "ieee"),
-    ("grad_source_kernel", "depth 128, lengths and presence", 80, "ieee"),
     ("grad_source_kernel", "depth 128, everything", 80, "ieee"),
     ("grad_source_kernel", "depth 256, everything", 80, "ieee"),
     ("grad_query_kernel", "depth 256, one source", 80, "ieee"),

@@ -311,6 +311,34 @@ def test_a_query_that_sees_nothing_gets_zero_and_gives_no_gradient(name):
             assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("hidden_by", ["nothing", "lengths", "masks", "present", "causal", "bias"])
+def test_a_query_that_sees_one_key_gets_no_gradient_from_its_weight(name, hidden_by):
+    """The weight is 1 whatever the logit is: not a rounding error may be left of it."""
+    arguments = cast(example_for(name, 1, queries=20, sizes=(1, 20)), torch.float32)
+    (query, sources), row = (arguments["query"], arguments["sources"]), slice(None)
+    if hidden_by == "nothing":
+        sources.pop()
+    elif hidden_by == "lengths":
+        arguments["lengths"] = [torch.tensor([0]), torch.tensor([1])]
+    elif hidden_by == "masks":
+        arguments["masks"] = [torch.tensor([[False]]), torch.arange(20)[None] == 17]
+    elif hidden_by == "present":
+        arguments["present"] = (torch.arange(20)[:, None] >= torch.tensor([0, 15]))[None]
+        row = slice(15)
+    elif hidden_by == "causal":
+        del sources[0]
+        arguments["causal"], row = True, slice(1)
+    else:
+        arguments["source_bias"] = torch.tensor([0.5, -torch.inf])
+    out = on(name)(**arguments)
+    upstream = torch.zeros_like(out)
+    upstream[:, :, row] = torch.randn(upstream[:, :, row].shape, generator=torch.Generator().manual_seed(0))
+    keys = [key for key, _ in sources]
+    for grad in torch.autograd.grad(out, [query, *keys], upstream):
+        assert (grad == 0).all()
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_visible_nan_propagates(name):
     arguments = cast(example(1, sizes=(5, 9), grad=False), torch.float32)

@@ -62,12 +62,12 @@ class Worker {
     for (int64_t r = 0; r < task.rows; ++r) query_[r] = a_.query_row(task.b, task.kv_head, task.first + r);
     const auto& blocks = a_.blocks[task.b];
     const int64_t end = std::min<int64_t>(task.until, blocks.size());
-    int64_t source = -1, most = 0;
+    int64_t source = -1, least = 0, most = 0;
     for (int64_t n = task.from; n < end; ++n) {
       if (blocks[n].source != source) {
         if (source >= 0) out.close_source(source, task.rows);
         source = blocks[n].source;
-        most = look(task, source);
+        std::tie(least, most) = look(task, source);
       }
       if (blocks[n].first >= most) continue;
       const Block<T> block(a_, task.b, task.kv_head, blocks[n]);
@@ -76,20 +76,21 @@ class Worker {
       Prefetch<T> prefetch(a_, task.b, task.kv_head, n + 1, end, parts(task.rows, k_.rows));
       for (int64_t r = 0; r < task.rows; r += k_.rows) {
         prefetch.step();
-        tile({seen_.data(), r, std::min(r + k_.rows, task.rows), block}, block, out);
+        tile({seen_.data(), least, r, std::min(r + k_.rows, task.rows), block}, block, out);
       }
     }
     if (source >= 0) out.close_source(source, task.rows);
   }
 
  private:
-  // What each row sees of a source, and its bias there; the most that any sees.
-  int64_t look(const Task& task, int64_t i) {
+  // What each row sees of a source, and its bias there; the least and the most that any sees.
+  std::pair<int64_t, int64_t> look(const Task& task, int64_t i) {
     for (int64_t r = 0; r < task.rows; ++r) {
       seen_[r] = a_.seen(task.b, task.kv_head, i, task.first + r);
       bias_[r] = a_.bias_of(task.b, a_.head(task.kv_head, task.first + r), i) * LOG2_E<A>;
     }
-    return *std::max_element(seen_.begin(), seen_.begin() + task.rows);
+    const auto [least, most] = std::minmax_element(seen_.begin(), seen_.begin() + task.rows);
+    return {*least, *most};
   }
 
   void tile(const Viewers<T>& v, const Block<T>& block, Partial<T>& out) {
@@ -97,13 +98,11 @@ class Worker {
     const T* left[TileKernels<T>::MOST_ROWS];
     v.fill(left, [&](int64_t i) { return query_[v.row[i]]; });
     keys_.multiply(logits_.data(), left, v.count, v.most);
-    for (int64_t i = 0; i < v.count; ++i) {
-      const int64_t r = v.row[i];
-      const A factor =
-          softmax_.softmax(weights_.row(i), logits_.data() + i * k_.columns, k_.rows * k_.columns, v.keys[i],
-                           a_.scale2, bias_[r], out.max.row(r), out.total.row(r));
-      if (factor != 1) out.sums.scale(r, factor);
-    }
+    A factor[TileKernels<T>::MOST_ROWS];
+    softmax_.softmax(weights_.data(), logits_.data(), v.count, v.row, v.keys, a_.scale2, bias_.data(),
+                     out.max.data(), out.total.data(), factor);
+    for (int64_t i = 0; i < v.count; ++i)
+      if (factor[i] != 1) out.sums.scale(v.row[i], factor[i]);
     out.sums.add(v, block.count, weights_, 0, values_);
   }
 

@@ -223,12 +223,14 @@ template <class T>
 class Prefetch {
  public:
   Prefetch(const Attention<T>& a, int64_t b, int64_t kv_head, int64_t next, int64_t end, int64_t steps)
-      : depth_(a.depth), value_depth_(a.value_depth), steps_(steps) {
-    if (next < end) block_.emplace(a, b, kv_head, a.blocks[b][next]);
+      : depth_(a.depth), value_depth_(a.value_depth) {
+    if (next == end || steps == 0) return;
+    block_.emplace(a, b, kv_head, a.blocks[b][next]);
+    of_step_ = parts(block_->count, steps);
   }
   void step() {
     if (!block_) return;
-    for (const int64_t until = block_->count * ++step_ / steps_; row_ < until; ++row_) {
+    for (const int64_t until = std::min(row_ + of_step_, block_->count); row_ < until; ++row_) {
       ask(block_->key[row_], depth_);
       ask(block_->value[row_], value_depth_);
     }
@@ -239,7 +241,7 @@ class Prefetch {
     for (int64_t d = 0; d < width; d += 64 / sizeof(T)) __builtin_prefetch(row + d, 0, 2);
   }
 
-  int64_t depth_, value_depth_, steps_, step_ = 0, row_ = 0;
+  int64_t depth_, value_depth_, of_step_ = 0, row_ = 0;
   std::optional<Block<T>> block_;
 };
 
@@ -250,7 +252,13 @@ struct Viewers {
   int64_t row[MOST_ROWS], keys[MOST_ROWS], count = 0, most = 0, least = AttentionKernels<T>::KEYS;
   bool all = true;
 
-  Viewers(const int64_t* seen, int64_t first, int64_t end, const Block<T>& block) {
+  // `least_seen`, of any row
+  Viewers(const int64_t* seen, int64_t least_seen, int64_t first, int64_t end, const Block<T>& block) {
+    if (least_seen - block.first >= block.count) {
+      count = end - first, most = least = block.count;
+      for (int64_t i = 0; i < MOST_ROWS; ++i) row[i] = first + i, keys[i] = block.count;
+      return;
+    }
     for (int64_t r = first; r < end; ++r) {
       const int64_t n = std::clamp<int64_t>(seen[r] - block.first, 0, block.count);
       if (n == 0) {
@@ -369,9 +377,9 @@ class RowSums {
     const A* start[TileKernels<T>::MOST_ROWS];
     const int64_t common = v.least == block_count ? v.least : v.least / k_.group * k_.group;
     v.fill(left, [&](int64_t i) { return weights.row(first_weight + i); });
-    Sums<T> apart;
+    alignas(64) A apart[TileKernels<T>::MOST_ROWS * TileKernels<T>::MOST_COLUMNS];
     for (int64_t p = 0; p < panels_; ++p) {
-      A* const c = v.all ? row(v.row[0], p) : apart.of;
+      A* const c = v.all ? row(v.row[0], p) : apart;
       v.fill(start, [&](int64_t i) { return v.all ? c + i * k_.columns : row(v.row[i], p); });
       if (common) lines.multiply(c, start, left, k_.group, v.count, p, common);
       if (v.all && common == v.most) continue;

@@ -84,9 +84,12 @@ class Worker {
     const int64_t end = std::min<int64_t>(task.until, blocks.size());
     for (int64_t n = task.from; n < end; ++n) {
       const int64_t i = blocks[n].source;
-      for (int64_t r = 0; (n == task.from || i != blocks[n - 1].source) && r < a_.rows; ++r) {
-        seen_[r] = a_.seen(task.b, task.kv_head, i, r);
-        bias_[r] = a_.bias_of(task.b, a_.head(task.kv_head, r), i) * LOG2_E<A>;
+      if (n == task.from || i != blocks[n - 1].source) {
+        for (int64_t r = 0; r < a_.rows; ++r) {
+          seen_[r] = a_.seen(task.b, task.kv_head, i, r);
+          bias_[r] = a_.bias_of(task.b, a_.head(task.kv_head, r), i) * LOG2_E<A>;
+        }
+        least_ = a_.rows ? *std::min_element(seen_.begin(), seen_.end()) : 0;
       }
       Prefetch<T> prefetch(a_, task.b, task.kv_head, n + 1, end, parts(a_.rows, ROWS) * parts(ROWS, k_.rows));
       block(task, i, {a_, task.b, task.kv_head, blocks[n]}, prefetch, d_query, of_source);
@@ -106,7 +109,7 @@ class Worker {
     for (int64_t first = 0; first < a_.rows; first += ROWS) {
       int64_t count = 0;  // rows that see anything
       for (int64_t r = first; r < std::min(first + ROWS, a_.rows); r += k_.rows) {
-        const Viewers<T> v(seen_.data(), r, std::min({r + k_.rows, first + ROWS, a_.rows}), block);
+        const Viewers<T> v(seen_.data(), least_, r, std::min({r + k_.rows, first + ROWS, a_.rows}), block);
         prefetch.step();
         if (v.count == 0) continue;
         if (!ready) {
@@ -151,8 +154,8 @@ class Worker {
       const A delta =
           alone ? -lse_gradient<A>(grad_lse_, task.b, a_.head(task.kv_head, r), r % a_.queries) : delta_[at];
       softmax_.softmax_backward(p_.row(to + k), ds_.row(to + k), logits_.data() + k * k_.columns,
-                                d_weights_.data() + k * k_.columns, k_.rows * k_.columns, v.keys[k],
-                                a_.scale2, bias_[r], lse_[at] * LOG2_E<A>, delta, alone,
+                                d_weights_.data() + k * k_.columns, v.keys[k], a_.scale2, bias_[r],
+                                lse_[at] * LOG2_E<A>, delta, alone,
                                 of_source ? of_source + (r * a_.sources + i) * 2 : nullptr);
     }
   }
@@ -188,6 +191,7 @@ class Worker {
   RowSums<T> d_key_, d_value_;
   std::vector<const T*> query_, grad_row_;   // of each row
   std::vector<int64_t> seen_, seen_of_all_;  // its keys of a source, and of all of them
+  int64_t least_ = 0;                        // in seen_
   std::vector<A> bias_;
   Buffer<A> logits_, d_weights_;
   Buffer<T> p_, ds_, left_;

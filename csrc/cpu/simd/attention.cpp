@@ -9,7 +9,10 @@ using mmfast::AttentionKernels, mmfast::RowType;
 namespace {
 
 constexpr int KEYS = AttentionKernels<float>::KEYS;
-constexpr int PANEL_VECTORS = BYTES == 64 ? 4 : 2;  // as in tiles.cpp
+// As in tiles.cpp: of a tile.
+constexpr int TILE_ROWS = 6, PANEL_VECTORS = BYTES == 64 ? 4 : 2;
+template <class T>
+constexpr int COLUMNS = PANEL_VECTORS * lanes<T>;
 
 // 2^12 is far from overflow, and to rescale seldom is cheaper than to find each row's true maximum.
 constexpr int SLACK = 12;
@@ -23,27 +26,29 @@ V larger(V x, V y) {
   return x > y ? x : y;
 }
 
-// 2^x = 2^n p(x - n), n the nearest whole number, and p the polynomial with p(0) = 1 that has the least
-// relative error: 2e-9, for bfloat16 3e-6. Below 2^-126 it stays there; nan stays nan.
+// 2^x = 2^n p(x - n), n the whole number below, and p the polynomial with p(0) = 1 that has the least
+// relative error: 2e-9, for bfloat16 3e-6. nan stays nan; below 2^-126 it stays there where AVX-512 is not.
 template <class T>
 Vec<T> exp2(Vec<T> x) {
   if constexpr (sizeof(T) == 8) {
     for (int i = 0; i < lanes<T>; ++i) x[i] = __builtin_exp2(x[i]);
     return x;
   } else {
-    constexpr float fine[] = {0.693147182f,   0.240226477f,  0.0555033237f,
-                              0.00961843692f, 0.0013398875f, 0.000153533605f};
-    constexpr float rough[] = {0.693124175f, 0.240240991f, 0.0559064299f, 0.00958285108f};
+    constexpr float fine[] = {0.693147063f,   0.240229309f,   0.0554852821f,
+                              0.00967545155f, 0.00124678458f, 0.000216129192f};
+    constexpr float rough[] = {0.693044841f, 0.241280213f, 0.052242469f, 0.0134266876f};
+#ifdef __AVX512F__
+    const Float f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // of -inf it is 0
+#else
     x = larger(Float{} - 126.f, x);
-    const Float shifted = x + 12582912.f, f = x - (shifted - 12582912.f);  // 1.5 * 2^23: its last bits are n
-    Float p{};
-    if constexpr (sizeof(T) == 2)
-      for (int i = 4; i-- > 0;) p = p * f + rough[i];
-    else
-      for (int i = 6; i-- > 0;) p = p * f + fine[i];
+    const Float shifted = x - 0.5f + 12582912.f,
+                f = x - (shifted - 12582912.f);  // 1.5 * 2^23: its last bits are n
+#endif
+    Float p = Float{} + (sizeof(T) == 2 ? rough[3] : fine[5]);
+    for (int i = sizeof(T) == 2 ? 3 : 5; i-- > 0;) p = p * f + (sizeof(T) == 2 ? rough[i] : fine[i]);
     p = p * f + 1.f;
 #ifdef __AVX512F__
-    return _mm512_scalef_ps(p, shifted - 12582912.f);
+    return _mm512_scalef_ps(p, x);  // takes n of x itself
 #else
     return p * (Float)(((Int)shifted << 23) + (127 << 23));
 #endif
@@ -78,18 +83,35 @@ auto among(int v, int64_t count) {
   return at < static_cast<decltype(at[0] + 0)>(count);
 }
 
-// Vector v of a row that lies in panels.
+// Vector v of a tile's row, which goes on in the next panel.
 template <class T>
-Vec<T> part(const Acc<T>* row, int64_t stride, int v) {
-  return bits<Vec<T>>(row + v / PANEL_VECTORS * stride + v % PANEL_VECTORS * lanes<T>, lanes<T>);
+Vec<T> part(const Acc<T>* row, int v) {
+  const Acc<T>* const panel = row + v / PANEL_VECTORS * TILE_ROWS * COLUMNS<T>;
+  return bits<Vec<T>>(panel + v % PANEL_VECTORS * lanes<T>, lanes<T>);
 }
 
 template <class T>
 constexpr int VECTORS = KEYS / lanes<T>;
 
+template <class T>
+void store_all(T* p, const Vec<T> (&x)[VECTORS<T>]) {
+#ifdef __AVX512BF16__
+  if constexpr (sizeof(T) == 2) {  // two at a time cost as much as one
+#pragma GCC unroll 16
+    for (int v = 0; v < VECTORS<T>; v += 2) {
+      const __m512bh pair = _mm512_cvtne2ps_pbh((__m512)x[v + 1], (__m512)x[v]);
+      __builtin_memcpy(p + v * lanes<T>, &pair, BYTES);
+    }
+    return;
+  }
+#endif
+#pragma GCC unroll 16
+  for (int v = 0; v < VECTORS<T>; ++v) store(p + v * lanes<T>, x[v], Whole{});
+}
+
 template <class T, bool WHOLE>
-Acc<T> softmax_of(T* p, const Acc<T>* s, int64_t stride, int64_t count, Acc<T> scale, Acc<T> bias,
-                  Acc<T>* max, Acc<T>* sum) {
+__attribute__((always_inline)) inline Acc<T> softmax_of(T* p, const Acc<T>* s, int64_t count, Acc<T> scale,
+                                                        Acc<T> bias, Acc<T>* max, Acc<T>* sum) {
   using V = Vec<T>;
   V x[VECTORS<T>];
   const V none = V{} - __builtin_inf();
@@ -98,42 +120,47 @@ Acc<T> softmax_of(T* p, const Acc<T>* s, int64_t stride, int64_t count, Acc<T> s
   V most = none;
 #pragma GCC unroll 16
   for (int v = 0; v < VECTORS<T>; ++v) {
-    x[v] = part<T>(s, stride, v) * scale + bias;
+    x[v] = part<T>(s, v) * scale + bias;
     if (!WHOLE) x[v] = among<T>(v, count) ? x[v] : none;
     most = larger(x[v], most);
   }
   Acc<T> factor = 1;
-  if (any(most > limit)) {
+  if (__builtin_expect(any(most > limit), 0)) {
     *max = largest(most);
     factor = before == -__builtin_inf() ? 0 : exp2<T>(V{} + (before - *max))[0];
   }
   V total = bits<V>(sum, lanes<T>) * factor;
 #pragma GCC unroll 16
   for (int v = 0; v < VECTORS<T>; ++v) {
-    V e = exp2<T>(x[v] - *max);
-    if (!WHOLE) e = among<T>(v, count) ? e : V{};
-    total += e;
-    store(p + v * lanes<T>, e, Whole{});
+    x[v] = exp2<T>(x[v] - *max);
+    if (!WHOLE) x[v] = among<T>(v, count) ? x[v] : V{};
+    total += x[v];
   }
+  store_all(p, x);
   __builtin_memcpy(sum, &total, BYTES);
   return factor;
 }
 
 template <class T>
-Acc<T> softmax(T* p, const Acc<T>* s, int64_t stride, int64_t count, Acc<T> scale, Acc<T> bias, Acc<T>* max,
-               Acc<T>* sum) {
-  return count == KEYS ? softmax_of<T, true>(p, s, stride, count, scale, bias, max, sum)
-                       : softmax_of<T, false>(p, s, stride, count, scale, bias, max, sum);
+void softmax(T* p, const Acc<T>* s, int64_t rows, const int64_t* row, const int64_t* keys, Acc<T> scale,
+             const Acc<T>* bias, Acc<T>* max, Acc<T>* sum, Acc<T>* factor) {
+  for (int64_t i = 0; i < rows; ++i, p += KEYS, s += COLUMNS<T>) {
+    const int64_t r = row[i];
+    const auto of = [&]<bool WHOLE>() {
+      return softmax_of<T, WHOLE>(p, s, keys[i], scale, bias[r], max + r, sum + r * lanes<T>);
+    };
+    factor[i] = keys[i] == KEYS ? of.template operator()<true>() : of.template operator()<false>();
+  }
 }
 
 template <class T, bool WHOLE, bool ALONE>
-void softmax_backward_of(T* p, T* ds, const Acc<T>* s, const Acc<T>* dp, int64_t stride, int64_t count,
-                         Acc<T> scale, Acc<T> shift, Acc<T> delta, Acc<T>* sums) {
+void softmax_backward_of(T* p, T* ds, const Acc<T>* s, const Acc<T>* dp, int64_t count, Acc<T> scale,
+                         Acc<T> shift, Acc<T> delta, Acc<T>* sums) {
   using V = Vec<T>;
   V e[VECTORS<T>], total_p{}, total_ds{}, mean{};
 #pragma GCC unroll 16
   for (int v = 0; v < VECTORS<T>; ++v) {
-    e[v] = exp2<T>(part<T>(s, stride, v) * scale + shift);
+    e[v] = exp2<T>(part<T>(s, v) * scale + shift);
     if (!WHOLE) e[v] = among<T>(v, count) ? e[v] : V{};
     total_p += e[v];
   }
@@ -142,14 +169,14 @@ void softmax_backward_of(T* p, T* ds, const Acc<T>* s, const Acc<T>* dp, int64_t
 #pragma GCC unroll 16
     for (int v = 0; v < VECTORS<T>; ++v) {
       e[v] /= whole;
-      const V weighted = e[v] * part<T>(dp, stride, v);
+      const V weighted = e[v] * part<T>(dp, v);
       mean += among<T>(v, count) ? weighted : V{};
     }
     mean = V{} + total(mean);
   }
 #pragma GCC unroll 16
   for (int v = 0; v < VECTORS<T>; ++v) {
-    const V dx = part<T>(dp, stride, v);
+    const V dx = part<T>(dp, v);
     V d = e[v] * (ALONE ? dx - mean - delta : dx - delta);
     if (!WHOLE) d = among<T>(v, count) ? d : V{};
     store(p + v * lanes<T>, e[v], Whole{});
@@ -160,12 +187,12 @@ void softmax_backward_of(T* p, T* ds, const Acc<T>* s, const Acc<T>* dp, int64_t
 }
 
 template <class T>
-void softmax_backward(T* p, T* ds, const Acc<T>* s, const Acc<T>* dp, int64_t stride, int64_t count,
-                      Acc<T> scale, Acc<T> bias, Acc<T> lse, Acc<T> delta, bool alone, Acc<T>* sums) {
+void softmax_backward(T* p, T* ds, const Acc<T>* s, const Acc<T>* dp, int64_t count, Acc<T> scale,
+                      Acc<T> bias, Acc<T> lse, Acc<T> delta, bool alone, Acc<T>* sums) {
   const auto of = alone           ? softmax_backward_of<T, false, true>
                   : count == KEYS ? softmax_backward_of<T, true, false>
                                   : softmax_backward_of<T, false, false>;
-  of(p, ds, s, dp, stride, count, scale, bias - lse, delta, sums);
+  of(p, ds, s, dp, count, scale, bias - lse, delta, sums);
 }
 
 template <class A>

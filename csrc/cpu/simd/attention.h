@@ -13,14 +13,16 @@ struct AttentionKernels {
   static constexpr int64_t KEYS = 64;  // of a block: whole panels in every instruction set
 
   int64_t lanes;  // of a vector of A
-  // One step of an online softmax: p = 2^(x - max) for the first `count` keys, 0 for the rest of the block;
-  // sum [lanes] += p. Returns what everything before has to be multiplied with, since max grew.
-  A (*softmax)(T* p, const A* s, int64_t stride, int64_t count, A scale, A bias, A* max, A* sum);
+  // One step of an online softmax for some rows of a tile, whose max, sum [lanes] and bias lie at row[i]: p =
+  // 2^(x - max) for the first keys[i] of the block, 0 for the rest of it; sum += p. factor[i] is what all
+  // before has to be multiplied with, since max grew.
+  void (*softmax)(T* p, const A* s, int64_t rows, const int64_t* row, const int64_t* keys, A scale,
+                  const A* bias, A* max, A* sum, A* factor);
   // p = 2^(x - lse), ds = p * (dp - delta), both 0 from `count` on. Unless sums is null, sums[0] += the sum
   // of ds and sums[1] += that of p. With `alone` these are all keys that the row sees: p is made to add up to
   // 1 and ds = p * (dp - the sum of p * dp - delta), which needs no rounded output: for one key it is exact.
-  void (*softmax_backward)(T* p, T* ds, const A* s, const A* dp, int64_t stride, int64_t count, A scale,
-                           A bias, A lse, A delta, bool alone, A* sums);
+  void (*softmax_backward)(T* p, T* ds, const A* s, const A* dp, int64_t count, A scale, A bias, A lse,
+                           A delta, bool alone, A* sums);
   // x *= factor
   void (*scale)(A* x, A factor, int64_t n);
 };

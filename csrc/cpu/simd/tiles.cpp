@@ -85,7 +85,7 @@ void pack_rows(void* to, const T* const* from, int64_t first, int64_t depth, int
 using Lines = Uint[lanes<float>];
 
 // Rows become columns: interleaving the halves of the list turns the index's bits by one place each time.
-void transpose(Lines& rows) {
+__attribute__((always_inline)) inline void transpose(Lines& rows) {  // in registers
   constexpr int L = lanes<float>;
   Uint low{}, high{};
   for (int i = 0; i < L; ++i) {

@@ -26,10 +26,14 @@ from mmfast.train import Config, Trainer, build, load_config
 
 @dataclass(frozen=True)
 class Outcome:
-    """A trained model, tested: ``by_modalities`` has the accuracy when only those are shown to it."""
+    """A trained model, tested: ``by_modalities`` has the accuracy when only those are shown to it.
+
+    ``attention`` has each modality's share of it in the last validation, where the fusion attends.
+    """
 
     by_modalities: dict[str, float]
     step_seconds: list[float]
+    attention: dict[str, float]
 
     @property
     def accuracy(self) -> float:
@@ -67,7 +71,12 @@ def learn(
     names = list(trainer.config.data.modalities)
     shown = subsets(names) if every_subset else [tuple(names)]
     scores = {"+".join(chosen): trainer.test(model, data, only=chosen)["accuracy"] for chosen in shown}
-    return Outcome(scores, result.step_seconds)
+    attention = {
+        name.removeprefix("share/"): value
+        for name, value in result.metrics.items()
+        if name.startswith("share/")
+    }
+    return Outcome(scores, result.step_seconds, attention)
 
 
 def learn_stock(config: Config) -> float:

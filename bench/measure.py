@@ -48,6 +48,8 @@ class Work:
     flops: float = 0.0  # of the work that is visible, multiply and add counted as two
     required: Mapping[str, float] = field(default_factory=dict)  # peer -> the ratio that DESIGN asks for
     sets: int = 3  # different inputs, taken in rotation
+    computed_in: Mapping[str, torch.dtype] = field(default_factory=dict)  # variant -> if not in ``dtype``
+    samples: int = 0  # in one call, where samples/s are wanted
     weigh: Callable[[str], int] | None = None  # variant -> its ``peak_bytes``
 
     def __str__(self) -> str:
@@ -82,6 +84,7 @@ class Result:
     flops: float = 0.0
     required: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    samples: int = 0
 
     @property
     def ours(self) -> str:
@@ -97,11 +100,13 @@ class Result:
         return Spread.of([p / o for p, o in zip(self.seconds[peer], self.seconds[self.ours], strict=True)])
 
 
-def check(name: str, got: Any, exact: Any, plain: Any, slack: float = 1.0) -> None:
+def check(
+    name: str, got: Any, exact: Any, plain: Any, slack: float = 1.0, dtype: torch.dtype | None = None
+) -> None:
     """Raises ``WrongOutputError`` beyond the project's one tolerance.
 
     It is twice (times ``slack``) the error of plain PyTorch in the same dtype, plus 8 eps of the largest
-    magnitude.
+    magnitude. ``dtype`` is what was computed in, where the outputs are wider.
     """
     leaves = ([leaf.detach() for leaf in tree_leaves(tree)] for tree in (got, exact, plain))
     for i, (g, e, p) in enumerate(zip(*leaves, strict=True)):
@@ -110,7 +115,7 @@ def check(name: str, got: Any, exact: Any, plain: Any, slack: float = 1.0) -> No
             raise WrongOutputError(f"{name}: output {i} is {g.dtype} {list(g.shape)}, {wanted}")
         if g.numel():
             error, rounding = float((g - e).abs().max()), float((p - e).abs().max())
-            allowed = 2 * slack * rounding + 8 * torch.finfo(g.dtype).eps * float(e.abs().max())
+            allowed = 2 * slack * rounding + 8 * torch.finfo(dtype or g.dtype).eps * float(e.abs().max())
             if not error <= allowed:  # a NaN is not
                 raise WrongOutputError(f"{name}: output {i} is off by {error:.3g}, allowed are {allowed:.3g}")
 
@@ -123,9 +128,12 @@ def measure(work: Work, *, seconds: float = 10.0, rounds: tuple[int, int] = (15,
     """
     sets = [work.inputs(seed) for seed in range(work.sets)]
     for args in sets:  # this also compiles and warms up
-        exact, plain = work.reference(*tree_map(_double, args)), work.reference(*args)
+        dtypes = {name: work.computed_in.get(name, work.dtype) for name in work.variants}
+        exact = work.reference(*_in_dtype(torch.float64, args))
+        plain = {dtype: work.reference(*_in_dtype(dtype, args)) for dtype in set(dtypes.values())}
         for number, (name, call) in enumerate(work.variants.items()):
-            check(f"{work}: {name}", call(*args), exact, plain, slack=PEER if number else 1.0)
+            slack, dtype = PEER if number else 1.0, dtypes[name]
+            check(f"{work}: {name}", call(*args), exact, plain[dtype], slack, dtype)
 
     def sample(variant: str, first: int, calls: int) -> float:
         turn = [sets[(first + i) % len(sets)] for i in range(calls)]
@@ -140,17 +148,29 @@ def measure(work: Work, *, seconds: float = 10.0, rounds: tuple[int, int] = (15,
         for variant in shuffle.sample(list(taken), len(taken)):
             taken[variant].append(float(f"{sample(variant, number, calls):.5g}"))
     peaks = {v: work.weigh(v) for v in work.variants} if work.weigh else {}
-    return Result(work.name, _name(work.dtype), work.device, taken, work.flops, dict(work.required), peaks)
+    return Result(
+        work.name,
+        _name(work.dtype),
+        work.device,
+        taken,
+        work.flops,
+        dict(work.required),
+        peaks,
+        work.samples,
+    )
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _double(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor) and leaf.is_floating_point():
-        return leaf.detach().double().requires_grad_(leaf.requires_grad)
-    return leaf
+def _in_dtype(dtype: torch.dtype, args: Any) -> Any:
+    def cast(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype != dtype:
+            return leaf.detach().to(dtype).requires_grad_(leaf.requires_grad)
+        return leaf
+
+    return tree_map(cast, args)
 
 
 def _elapsed(call: Call, turn: Iterable[tuple[Any, ...]], device: str) -> float:

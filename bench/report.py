@@ -135,6 +135,11 @@ class Record:
             cells: list[str | Text] = [_milliseconds(r.time(r.ours)), f"{share:.0%}" if share else ""]
             cells += [_ratio(r.ratio(p), r.required.get(p)) if p in r.seconds else "" for p in peers]
             table.add_row(f"{r.work} {r.dtype}", *cells)
+            if r.samples:
+                speeds = [
+                    f"{r.samples / r.time(v).median:.2f}" if v in r.seconds else "" for v in (r.ours, *peers)
+                ]
+                table.add_row(Text("  samples/s", style="dim"), speeds[0], "", *speeds[1:])
             if r.peak_bytes:
                 held = [
                     f"{r.peak_bytes[p] / 2**20:,.1f}" if p in r.peak_bytes else "" for p in (r.ours, *peers)

@@ -2,11 +2,14 @@
 
 ``python examples/demo.py`` takes Debian's tuxpaint stamps (picture + caption + speech), or handwritten
 digits with synthetic speech where that package cannot be had. Everything it shows was measured in the run.
+Further options override the configuration's keys, as for ``mmfast fit``: ``--model.fusion=Attention`` adds
+each modality's share of the attention to the picture.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -90,10 +94,12 @@ def say(summary: dict[str, Any]) -> None:
     print(f"{summary['speedup']:.2f} x the samples per second of the stock loop, in turns with it")
 
 
-def draw(summary: dict[str, Any], losses: list[float], path: Path) -> None:
-    """The picture: accuracies, speed, and the training loss."""
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(13, 4.2), width_ratios=(2.2, 1, 1.6), constrained_layout=True
+def draw(summary: dict[str, Any], losses: list[float]) -> Figure:
+    """The picture: accuracies, speed, the training loss, and where the model attends, the attention."""
+    attention = summary["attention"]
+    widths = (2.2, 1, 1.6, 1)[: 4 if attention else 3]
+    figure, (left, middle, right, *last) = plt.subplots(
+        1, len(widths), figsize=(2.7 * sum(widths), 4.2), width_ratios=widths, constrained_layout=True
     )
     rows = [
         ("majority class", summary["majority_accuracy"], "0.75"),
@@ -117,16 +123,21 @@ def draw(summary: dict[str, Any], losses: list[float], path: Path) -> None:
     middle.set(ylabel="samples / s", title=f"{summary['speedup']:.2f} x", ylim=(0, 1.15 * max(speeds)))
     right.plot(range(1, len(losses) + 1), losses, color="tab:blue")
     right.set(xlabel="step", ylabel="training loss", title="all modalities", ylim=(0, None))
-    for axes in (left, middle, right):
+    for axes in last:
+        bars = axes.bar(attention.keys(), attention.values(), color="tab:green")
+        axes.bar_label(bars, [f"{value:.0%}" for value in attention.values()], padding=3)
+        axes.set(ylabel="share of the attention", title="in validation", ylim=(0, 1.1))
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    return figure
 
 
-def run(dataset: str, steps: int | None, out: Path, quiet: bool) -> dict[str, Any]:
+def run(
+    dataset: str, steps: int | None, out: Path, quiet: bool, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
     """Prepare, train, test and measure; returns the summary."""
     name = prepared(dataset)
-    overrides = [f"--trainer.out={out}", f"--data.path={ROOT / 'data' / name}"]
+    overrides = [*overrides, f"--trainer.out={out}", f"--data.path={ROOT / 'data' / name}"]
     overrides += [f"--trainer.max_steps={steps}"] if steps else []
     config = load_config(ROOT / "configs" / f"{name}.yaml", overrides)
     jobs = variants(config)
@@ -149,13 +160,16 @@ def run(dataset: str, steps: int | None, out: Path, quiet: bool) -> dict[str, An
         "trained_alone": {key: outcome.accuracy for key, outcome in alone.items()},
         "article_accuracy": article.accuracy,
         "majority_accuracy": majority(Data(config.data)),
+        "attention": together.attention,
         "samples_per_s": ours,
         "stock_samples_per_s": stock,
         "speedup": ours / stock,
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     log = (json.loads(line) for line in open(Path(jobs["all"].trainer.out) / "metrics.jsonl"))
-    draw(summary, [row["loss"] for row in log if row["kind"] == "train"], out / "report.png")
+    figure = draw(summary, [row["loss"] for row in log if row["kind"] == "train"])
+    figure.savefig(out / "report.png", dpi=130)
+    plt.close(figure)
     say(summary)
     return summary
 
@@ -169,10 +183,10 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "demo")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    options = parser.parse_args()
+    options, overrides = parser.parse_known_args()
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        run(options.dataset, options.steps, options.out, options.quiet)
+        run(options.dataset, options.steps, options.out, options.quiet, overrides)
     except (UserError, OSError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 1

@@ -26,7 +26,7 @@ class TrainerConfig:
         betas: AdamW's
         clip: largest norm of the gradient; 0 does not clip
         precision: auto (bf16 where the hardware has it), bf16, fp32 or fp64
-        compile: compile each encoder in place
+        compile: compile each encoder, the fusion and each head in place
         device: auto, cpu or cuda
         seed: of the initial weights and of dropout
         only: train with these modalities alone; the others are not read and their encoders not built

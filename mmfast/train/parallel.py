@@ -94,8 +94,8 @@ def parallelize(model: nn.Module, world: World, precision: str = "auto", compile
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
     if compile:
-        for encoder in getattr(model, "encoders", nn.ModuleDict()).values():
-            encoder.compile()
+        for part in parts(model):
+            part.compile()
     half = dtype is torch.bfloat16
     policy = MixedPrecisionPolicy(
         param_dtype=dtype if half else None, reduce_dtype=torch.float32 if half else None

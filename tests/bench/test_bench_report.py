@@ -17,6 +17,7 @@ RESULTS = [
         2e9,
         {"eager": 1.9},
         {"ours": 2**20},
+        samples=8,
     ),
     Result("lost", "bfloat16", "cpu", {"ours": [1e-3, 1e-3], "eager": [5e-4, 7e-4], "other": [1e-3, 1e-3]}),
 ]
@@ -50,6 +51,11 @@ def test_wins_and_losses_are_both_shown_with_their_spread():
     assert "2.10x (2.05-2.15) ≥ 1.9 ✓" in text
     assert "0.60x (0.55-0.65)" in text
     assert "50%" in text  # 2 GFLOP in 1 ms of 4 TFLOP/s
+
+
+def test_samples_a_second_stand_beside_the_times():
+    row = next(line for line in shown(RECORD).splitlines() if "samples/s" in line)
+    assert "8000.00" in row and "3809.52" in row  # 8 in 1 ms and in 2.1
 
 
 def test_a_peer_that_did_not_take_part_has_no_figure():

@@ -64,6 +64,29 @@ def test_a_variant_that_is_wrong_on_one_set_only_is_found():
         quick(work(ours=stale))
 
 
+def test_a_variant_is_held_against_the_reference_in_the_dtype_it_computes_in():
+    def half(x):
+        return x.bfloat16().exp().float()
+
+    def reference(x):
+        return x.exp().to(torch.promote_types(x.dtype, torch.float32))
+
+    with pytest.raises(WrongOutputError):
+        quick(work(reference, ours=torch.exp, half=half))
+    quick(
+        Work(
+            "work",
+            {"ours": half, "float32": torch.exp},
+            inputs,
+            reference,
+            computed_in={"ours": torch.bfloat16},
+        )
+    )
+    with pytest.raises(WrongOutputError, match="float32: ours"):
+        coarse = {"ours": lambda x: half(x) * 1.2, "float32": torch.exp}
+        quick(Work("work", coarse, inputs, reference, computed_in={"ours": torch.bfloat16}))
+
+
 def test_ratios_are_paired_within_the_rounds():
     # A machine that slows down fivefold halfway through moves the times, not the ratio.
     speed = [1.0] * 5 + [5.0] * 5

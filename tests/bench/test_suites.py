@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmfast import ops
 from mmfast.bench import (
@@ -15,9 +16,11 @@ from mmfast.bench import (
     bench_cross_attention,
     bench_cross_attention_scaling,
     bench_group_norm,
+    bench_training_step,
 )
 from mmfast.bench.measure import measure
 from mmfast.bench.report import Record
+from mmfast.train import TrainerConfig
 
 ROOT = Path(__file__).parents[2]
 PEERS = {
@@ -25,6 +28,7 @@ PEERS = {
     bench_group_norm: ["eager", "copied", "compiled"],
     bench_cross_attention: ["sdpa", "cat", "merge", "flex"],
     bench_cross_attention_scaling: ["alone"],
+    bench_training_step: ["mmfast eager", "mmfast float32", "stock", "stock compiled", "stock bfloat16"],
 }
 FEWER = bench_cross_attention  # not every peer does every work
 WORKS = [(suite, at) for suite in PEERS for at in range(len(suite.works("cpu")))]
@@ -49,6 +53,9 @@ def tiny(monkeypatch):
         for name, layout in bench_cross_attention_scaling.LAYOUTS.items()
     }
     monkeypatch.setattr(bench_cross_attention_scaling, "LAYOUTS", scaled)
+    streams = (("image", 7, 6), ("audio", 9, 5), ("sensor", 3, 4))
+    job = bench_training_step.Job(streams, batch=4, dim=32, heads=2, queries=5, layers=2, classes=3)
+    monkeypatch.setattr(bench_training_step, "JOB", job)
     monkeypatch.setattr(bench_concat_linear.torch, "compile", lambda call, **_: call)
 
 
@@ -67,6 +74,29 @@ def test_every_peer_of_cross_attention_does_some_work_and_every_promise_is_measu
     works = bench_cross_attention.works("cpu")
     assert {peer for work in works for peer in work.variants} >= set(PEERS[bench_cross_attention])
     assert sum(len(work.required) for work in works) == 2 * (2 * 3 + 2 * 1 + 4)
+
+
+def test_the_training_steps_take_the_weights_to_the_same_place(tiny, monkeypatch):
+    """At the rate of 0 that is measured a step could go anywhere: here it is not 0."""
+    job = bench_training_step.JOB
+    monkeypatch.setattr(bench_training_step, "OPTIONS", TrainerConfig(lr=1e-2, warmup=0, max_steps=10**9))
+    steps = [
+        bench_training_step.ours(job, "cpu", precision="fp64"),
+        bench_training_step.stock(job, "cpu", dtype=torch.float64),
+    ]
+    for seed in range(4):
+        (batch,) = bench_training_step.inputs(job, "cpu", seed)
+        batch = {name: t.double() if t.is_floating_point() else t for name, t in batch.items()}
+        losses = [float(step(batch)[0].detach()) for step in steps]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+def test_half_of_the_training_steps_are_absent():
+    (batch,) = bench_training_step.inputs(bench_training_step.JOB, "cpu", 0)
+    whole = [steps for _, steps, _ in bench_training_step.JOB.streams]
+    assert batch["lengths"].sum(0).tolist() == [4 * steps for steps in whole]
+    assert batch["lengths"].amax(0).tolist() == whole  # what a batch is padded to
+    assert 0 < (~batch["present"]).sum() and batch["present"].sum(1).min() >= 2
 
 
 TINY = """

@@ -160,7 +160,7 @@ def test_auto_precision_follows_the_hardware(monkeypatch):
 
 
 @pytest.mark.inductor
-def test_compiled_encoders_train_alike_and_keep_their_names(tmp_path):
+def test_compiled_parts_train_alike_and_keep_their_names(tmp_path):
     plain, values = run(toy_config(tmp_path), steps=2)
     compiled, compiled_values = run(toy_config(tmp_path, compile=True), steps=2)
     assert plain.keys() == compiled.keys()

@@ -119,11 +119,11 @@ def _pairs(mix: Mix) -> float:
 
 
 def _inputs(mix: Mix, backward: bool, dtype: torch.dtype, device: str, seed: int) -> tuple[Any, ...]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def random(rows: int, grad: bool = backward) -> Tensor:
-        x = torch.randn(mix.batch, mix.heads, rows, mix.depth, generator=generator)
-        return x.to(device, dtype).requires_grad_(grad)
+        x = torch.randn(mix.batch, mix.heads, rows, mix.depth, generator=generator, device=device)
+        return x.to(dtype).requires_grad_(grad)
 
     sources = [(random(size), random(size)) for size in mix.keys]
     lengths = [None if t is None else t.to(device) for t in _lengths(mix, seed)]

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from mmfast import ops
 from mmfast.bench.measure import Call, Result, Work
+from mmfast.bench.tune import under
+from mmfast.ops._backend import READY
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ LAYOUTS = {
 def works(device: str | None = None) -> list[Work]:
     """Everything that is measured here, on a GPU where there is one."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    ours: Call = ops.cross_attention
+    if device == "cuda" and ops.available("cross_attention", device)["triton"] == READY:
+        ours = under("triton", ours)  # chosen or not: the reference has nothing to show here
     made = []
     for dtype, (name, layout), backward in itertools.product(
         (torch.float32, torch.bfloat16), LAYOUTS.items(), (False, True)
@@ -61,8 +66,8 @@ def works(device: str | None = None) -> list[Work]:
             Work(
                 name=f"{name}: forward{' + backward' if backward else ''}",
                 variants={
-                    "as given": functools.partial(_given, layout, backward),
-                    "alone": functools.partial(_alone, ops.cross_attention, backward),
+                    "as given": functools.partial(_given, ours, layout, backward),
+                    "alone": functools.partial(_alone, ours, backward),
                 },
                 inputs=functools.partial(_inputs, layout, backward, dtype, device),
                 reference=functools.partial(_alone, ops.reference.cross_attention, backward),
@@ -85,11 +90,11 @@ def test_cross_attention_scaling(
 
 def _inputs(layout: Layout, backward: bool, dtype: torch.dtype, device: str, seed: int) -> tuple[Any, ...]:
     """The output's gradient, the query, the sources as given, and what is seen of them as one source."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def random(rows: int) -> Tensor:
-        x = torch.randn(layout.batch, layout.heads, rows, layout.depth, generator=generator)
-        return x.to(device, dtype)
+        x = torch.randn(layout.batch, layout.heads, rows, layout.depth, generator=generator, device=device)
+        return x.to(dtype)
 
     query, grad, key, value = map(random, (layout.queries, layout.queries, layout.keys, layout.keys))
     # copies: a gradient of their own, as any stream's has
@@ -102,7 +107,9 @@ def _inputs(layout: Layout, backward: bool, dtype: torch.dtype, device: str, see
     return grad, query, given, alone
 
 
-def _given(layout: Layout, backward: bool, grad: Tensor, query: Tensor, given: Any, alone: Any) -> Any:
+def _given(
+    op: Call, layout: Layout, backward: bool, grad: Tensor, query: Tensor, given: Any, alone: Any
+) -> Any:
     hides: dict[str, Any] = {}
     if layout.by == "lengths":
         hides["lengths"] = [torch.full((layout.batch,), layout.seen, device=query.device)]
@@ -111,7 +118,7 @@ def _given(layout: Layout, backward: bool, grad: Tensor, query: Tensor, given: A
             torch.arange(layout.sources, device=query.device) < layout.seen * layout.sources // layout.keys
         )
         hides["present"] = there.expand(layout.batch, -1)
-    return _run(ops.cross_attention, backward, grad, query, given, hides)
+    return _run(op, backward, grad, query, given, hides)
 
 
 def _alone(op: Call, backward: bool, grad: Tensor, query: Tensor, given: Any, alone: Any) -> Any:

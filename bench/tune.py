@@ -6,6 +6,8 @@ GPU the blocks of the op's Triton kernels are tuned first: what ``UNTUNED`` name
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import math
 import pkgutil
@@ -38,7 +40,9 @@ def tune(op: str, seconds: float) -> None:
     )
     ready = [name for name, state in ops.available(op, device).items() if state == READY]
     if device == "cuda" and "triton" in ready:
-        tune_triton(op, works, entry.setdefault("triton", {}))
+        entry["capability"] = _generation()
+        entry["triton"] = Found(entry.get("triton", {}))
+        tune_triton(op, works, entry["triton"])
     record = Record(op, list(compare(works, ready, seconds)), ceilings(device))
     print(record.table())
     entry["backend"] = fastest(record.results, ready)
@@ -68,16 +72,42 @@ def under(backend: str, call: Call) -> Call:
     return run
 
 
-def tune_triton(op: str, works: Sequence[Work], found: dict[str, Blocks]) -> None:
-    """Fills ``found``, this device's entry, with the best blocks of each kernel and precision."""
+class Found(dict[str, Blocks]):
+    """The blocks of a device by kernel and precision; it remembers which of them were asked for."""
+
+    def __init__(self, blocks: Mapping[str, Blocks]) -> None:
+        """Begins with ``blocks``."""
+        super().__init__(blocks)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """What a launcher calls."""
+        self.asked.add(key)
+        return super().get(key, default)
+
+
+def tune_triton(op: str, works: Sequence[Work], found: Found) -> None:
+    """Fills ``found``, this device's entry, with the best blocks of each kernel and precision.
+
+    A kernel is timed by the works that ask for its blocks; where none of them does, it stays untuned.
+    """
     from triton.errors import TritonError  # only where there is Triton
 
+    works = [replace(work, inputs=functools.cache(work.inputs)) for work in works]  # the same for all blocks
+
+    def asks(work: Work, key: str) -> bool:
+        found.asked.clear()
+        with contextlib.suppress(RuntimeError, TritonError):  # blocks that do not fit were asked for too
+            under("triton", next(iter(work.variants.values())))(*work.inputs(0))
+        return key in found.asked
+
     before = torch.backends.cuda.matmul.fp32_precision
-    generation = sum(a * b for a, b in zip(torch.cuda.get_device_capability(), (10, 1), strict=True))
-    for key, start in untuned(op, generation).items():
+    for key, start in untuned(op, _generation()).items():
         dtype = torch.bfloat16 if key.endswith(".half") else torch.float32
         torch.backends.cuda.matmul.fp32_precision = "tf32" if key.endswith(".tf32") else "ieee"
-        mine = [work for work in works if work.dtype == dtype]
+        mine = [work for work in works if work.dtype == dtype and asks(work, key)]
+        if not mine:
+            continue
 
         def cost(blocks: Blocks, key: str = key, mine: Sequence[Work] = mine) -> float:
             found[key] = blocks
@@ -95,6 +125,11 @@ def tune_triton(op: str, works: Sequence[Work], found: dict[str, Blocks]) -> Non
         found[key] = climb(found.get(key, start), cost)
         print(f"{op} {key}: {found[key]}")
     torch.backends.cuda.matmul.fp32_precision = before
+
+
+def _generation() -> int:
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 def untuned(op: str, generation: int) -> dict[str, Blocks]:

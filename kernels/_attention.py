@@ -19,6 +19,7 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)  # exponentials are power
 # looked at, and what lies beyond the edge is computed for nothing.
 EDGE: tl.constexpr = tl.constexpr(16)
 _DEEPEST = 256
+_LEAST_KEYS = 256  # of a split: of fewer the partial sums would weigh too much. No device tuned it yet.
 
 
 class Source(NamedTuple):
@@ -98,6 +99,25 @@ def depths(op: str, query: Tensor, value: Tensor) -> tuple[dict[str, int], int]:
     return made, max(64, *filled)
 
 
+def programs_wanted(device: torch.device, num_warps: int) -> int:
+    """How many programs keep a device at work: 8 warps can fill a multiprocessor's registers.
+
+    The interpreter runs one program after the other.
+    """
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count * 8 // num_warps
+
+
+def splits_of(programs: int, keys: Sequence[Tensor], num_warps: int) -> int:
+    """Into how many parts the keys are split, so that ``programs`` blocks of queries fill the device.
+
+    It follows from sizes alone: every run adds in the same order.
+    """
+    size = sum(key.shape[2] for key in keys)
+    return max(1, min(programs_wanted(keys[0].device, num_warps) // programs, size // _LEAST_KEYS))
+
+
 @triton.jit
 def size_of(source):
     return source.packed >> 5
@@ -150,6 +170,33 @@ def bias_of(source_bias, strides, sample, head, number):
             + number * strides[2]
         )
     return bias
+
+
+@triton.jit
+def seen_of(source, sample, head, row, queries, present, present_step, flag_step, source_bias, bias_strides):
+    """The bias of a source, and before the mask how many of its keys each row sees, all rows see, and the
+    sample has.
+    """
+    bias = bias_of(source_bias, bias_strides, sample, head, source.number)
+    most, lead = limits(source, sample, queries, present, present_step, flag_step)
+    limit = tl.where(bias == float("-inf"), 0, most)
+    flags = flags_of(present, present_step, flag_step, sample, source.number)
+    end = ends_of(row, queries, limit, lead, flags, flag_step)  # [M]
+    return bias, end, tl.min(tl.where(row < queries, end, limit), 0), most
+
+
+@triton.jit
+def share_of_tiles(sources, sample, queries, present, present_step, flag_step, BLOCK_N: tl.constexpr):
+    """The first tile of this split, and how many it has.
+
+    The tiles that a sample sees of all sources stand in one row, and every split has as many of them.
+    """
+    tiles = 0
+    for i in tl.static_range(len(sources)):
+        most, _ = limits(sources[i], sample, queries, present, present_step, flag_step)
+        tiles += tl.cdiv(most, BLOCK_N)
+    share = tl.cdiv(tiles, tl.num_programs(1))
+    return tl.program_id(1) * share, share
 
 
 @triton.jit

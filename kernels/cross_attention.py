@@ -12,6 +12,9 @@ source at the last key that any of its rows sees. Two loops walk a source:
   seen.
 
 Keys that no row of the tile sees are never loaded.
+
+Where there are too few blocks of queries to fill the device, several programs share the keys of one, and a
+second kernel puts together what they found.
 """
 
 from collections.abc import Sequence
@@ -24,16 +27,15 @@ from torch import Tensor
 from mmfast.kernels._attention import (
     EDGE,
     LOG2E,
-    bias_of,
     depths,
-    ends_of,
-    flags_of,
     is_finite,
-    limits,
     load_rows,
     presence,
+    seen_of,
+    share_of_tiles,
     size_of,
     sources_of,
+    splits_of,
     start_of,
     tiles,
     unmasked,
@@ -122,8 +124,12 @@ def forward_kernel(
     bias_strides, num_sources, scale, queries, heads, group,
     PRECISION: tl.constexpr, DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Output, log-sum-exp and masses of a block of queries of one head."""
+    """Output, log-sum-exp and masses of a block of queries of one head.
+
+    Of a split, in float32, what ``combine_kernel`` makes these of: acc, top and totals.
+    """
     blocks = tl.cdiv(queries, BLOCK_M)
     both = tl.program_id(0) // blocks  # sample and head
     sample, head = both // heads, both % heads
@@ -138,14 +144,17 @@ def forward_kernel(
     totals = tl.zeros([BLOCK_M, len(sources)], tl.float32)  # of each source, below the common top
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    if SPLIT:
+        tile, share = share_of_tiles(sources, sample, queries, present, present_step, flag_step, BLOCK_N)
     for i in tl.static_range(len(sources)):
         source = sources[i]
-        bias = bias_of(source_bias, bias_strides, sample, head, source.number)
-        limit, lead = limits(source, sample, queries, present, present_step, flag_step)
-        limit = tl.where(bias == float("-inf"), 0, limit)
-        flags = flags_of(present, present_step, flag_step, sample, source.number)
-        end = ends_of(row, queries, limit, lead, flags, flag_step)  # [M]
-        whole = tl.min(tl.where(real, end, limit), 0) // BLOCK_N * BLOCK_N
+        bias, end, whole, most = seen_of(
+            source, sample, head, row, queries, present, present_step, flag_step, source_bias, bias_strides
+        )
+        first, whole = 0, whole // BLOCK_N * BLOCK_N
+        if SPLIT:
+            first = tl.maximum(tile, 0) * BLOCK_N
+            whole = tl.minimum(tl.maximum(whole, first), (tile + share) * BLOCK_N)
         key = start_of(source.key, source.key_strides, sample, head // group)
         value = start_of(source.value, source.value_strides, sample, head // group)
         mask = source.mask
@@ -155,31 +164,82 @@ def forward_kernel(
         total = tl.zeros([BLOCK_M], tl.float32)
         top, total, acc = attend(
             q, top, total, acc, key, source.key_strides[2], value, source.value_strides[2], mask,
-            (source.packed & 4) != 0, scale * LOG2E, bias * LOG2E, end, 0, whole, False,
+            (source.packed & 4) != 0, scale * LOG2E, bias * LOG2E, end, first, whole, False,
             PRECISION, DEPTH, VALUE_DEPTH, BLOCK_D, BLOCK_DV, BLOCK_N,
         )  # fmt: skip
+        last = tl.max(end, 0)  # not before: it would hold a register through the first loop
+        if SPLIT:
+            last = tl.minimum(last, (tile + share) * BLOCK_N)
+            tile -= tl.cdiv(most, BLOCK_N)  # from here on counted in the next source
         top, total, acc = attend(
             q, top, total, acc, key, source.key_strides[2], value, source.value_strides[2], mask,
-            (source.packed & 4) != 0, scale * LOG2E, bias * LOG2E, end, whole, tl.max(end, 0), True,
+            (source.packed & 4) != 0, scale * LOG2E, bias * LOG2E, end, whole, last, True,
             PRECISION, DEPTH, VALUE_DEPTH, BLOCK_D, BLOCK_DV, EDGE,
         )  # fmt: skip
         fade = tl.exp2(before - tl.where(top == float("-inf"), 0.0, top))
         totals = tl.where(number == i, total[:, None], totals * fade[:, None])
 
+    at = both.to(tl.int64) * queries + row
+    if SPLIT:
+        at += tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // blocks) * queries
+        d = tl.arange(0, BLOCK_DV)
+        seen = real & (tl.sum(totals, 1) != 0)
+        tl.store(
+            out + at[:, None] * VALUE_DEPTH + d[None, :], acc,
+            mask=seen[:, None] & (d < VALUE_DEPTH)[None, :],
+        )  # fmt: skip
+        tl.store(lse + at, top, mask=real)
+        tl.store(mass + at[:, None] * len(sources) + number, totals, mask=real[:, None])
+    else:
+        store_results(out, lse, mass, at, real, acc, top, totals, num_sources, VALUE_DEPTH)
+
+
+@triton.jit
+def store_results(out, lse, mass, at, real, acc, top, totals, num_sources, VALUE_DEPTH: tl.constexpr):
     total = tl.sum(totals, 1)
     total = tl.where(total == 0, 1.0, total)  # nothing is seen where it is 0: the top one alone adds 1
-    at = both.to(tl.int64) * queries + row
-    d = tl.arange(0, BLOCK_DV)
+    d = tl.arange(0, acc.shape[1])
     tl.store(
         out + at[:, None] * VALUE_DEPTH + d[None, :], acc / total[:, None],
         mask=real[:, None] & (d < VALUE_DEPTH)[None, :],
     )  # fmt: skip
     tl.store(lse + at, (top + tl.log2(total)) / LOG2E, mask=real)
     if mass is not None:
+        number = tl.arange(0, totals.shape[1])[None, :]
         tl.store(
             mass + at[:, None] * num_sources + number, totals / total[:, None],
             mask=real[:, None] & (number < num_sources),
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_sources", "splits"])
+def combine_kernel(
+    out, lse, mass, accs, tops, totals, num_sources, splits,
+    SOURCES: tl.constexpr, VALUE_DEPTH: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Output, log-sum-exp and masses of one row from what its splits found, ``BLOCK_S`` at a time."""
+    rows = tl.num_programs(0)
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    number = tl.arange(0, SOURCES)[None, :]
+    top = tl.full([1], float("-inf"), tl.float32)
+    for split0 in range(0, splits, BLOCK_S):
+        split = split0 + tl.arange(0, BLOCK_S)
+        own_top = tl.load(tops + split * rows + row, mask=split < splits, other=float("-inf"))
+        top = tl.maximum(top, tl.max(own_top, 0))
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.zeros([1, SOURCES], tl.float32)
+    acc = tl.zeros([1, BLOCK_DV], tl.float32)
+    for split0 in range(0, splits, BLOCK_S):
+        split = split0 + tl.arange(0, BLOCK_S)
+        inside = split < splits
+        at = split * rows + row  # [S]
+        fade = tl.exp2(tl.load(tops + at, mask=inside, other=float("-inf")) - shift)[:, None]
+        own_total = tl.load(totals + at[:, None] * SOURCES + number, mask=inside[:, None], other=0.0)
+        seen = tl.sum(own_total, 1) != 0  # only there a split has left its acc
+        own_acc = load_rows(accs, VALUE_DEPTH, at, seen, VALUE_DEPTH, BLOCK_DV)
+        total += tl.sum(own_total * fade, 0, keep_dims=True)
+        acc += tl.sum(own_acc * fade, 0, keep_dims=True)
+    store_results(out, lse, mass, row, row < rows, acc, top, total, num_sources, VALUE_DEPTH)
 
 
 def cross_attention(
@@ -204,12 +264,23 @@ def cross_attention(
 
     query = dense(query)
     options = configuration("cross_attention", f"forward_{size}", query, query.dtype, UNTUNED)
-    grid = (batch * heads * triton.cdiv(queries, options["BLOCK_M"]),)
+    programs = batch * heads * triton.cdiv(queries, options["BLOCK_M"])
+    splits = splits_of(programs, keys, options["num_warps"])
+    sources = sources_of(keys, values, lengths, masks, causal)
+    results = out, lse, shares
+    parts = results if splits == 1 else [
+        lse.new_empty(splits, *rows, *width) for width in ((depth["VALUE_DEPTH"],), (), (len(sources),))
+    ]  # fmt: skip
     with on(query.device):
-        forward_kernel[grid](
-            out, lse, shares, query, query.stride()[:3], sources_of(keys, values, lengths, masks, causal),
+        forward_kernel[programs, splits](
+            *parts, query, query.stride()[:3], sources,
             *presence(present), source_bias, None if source_bias is None else source_bias.stride(), len(keys),
             query.shape[-1] ** -0.5 if scale is None else scale, queries, heads, heads // keys[0].shape[1],
-            **depth, **options,
+            **depth, **options, SPLIT=splits > 1,
         )  # fmt: skip
+        if splits > 1:
+            combine_kernel[(lse.numel(),)](
+                *results, *parts, len(keys), splits, SOURCES=len(sources), VALUE_DEPTH=depth["VALUE_DEPTH"],
+                BLOCK_DV=depth["BLOCK_DV"], BLOCK_S=16,
+            )  # fmt: skip
     return made

@@ -24,8 +24,11 @@ from mmfast.kernels._attention import (
     limits,
     load_rows,
     presence,
+    seen_of,
+    share_of_tiles,
     size_of,
     sources_of,
+    splits_of,
     start_of,
     tiles,
     unmasked,
@@ -100,11 +103,9 @@ def delta_kernel(
     count = tl.zeros([BLOCK_M], tl.int32)
     for i in tl.static_range(len(sources)):
         source = sources[i]
-        bias = bias_of(source_bias, bias_strides, sample, head, source.number)
-        limit, lead = limits(source, sample, queries, present, present_step, flag_step)
-        limit = tl.where(bias == float("-inf"), 0, limit)
-        flags = flags_of(present, present_step, flag_step, sample, source.number)
-        end = ends_of(row, queries, limit, lead, flags, flag_step)  # [M]
+        _, end, _, _ = seen_of(
+            source, sample, head, row, queries, present, present_step, flag_step, source_bias, bias_strides
+        )
         count = count_up_to_two(count, source, sample, end)
     d = tl.where(count == 1, 0.0, tl.sum(g.to(tl.float32) * o.to(tl.float32), 1))
     at = both.to(tl.int64) * queries + row
@@ -164,8 +165,12 @@ def grad_query_kernel(
     present, present_step, flag_step, source_bias, bias_strides, num_sources, scale, queries, heads, group,
     PRECISION: tl.constexpr, DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a block of queries of one head, and what the block adds to the gradients of the biases."""
+    """Gradient of a block of queries of one head, and what the block adds to the gradients of the biases.
+
+    Of a split, in float32, its part of the gradient.
+    """
     blocks = tl.cdiv(queries, BLOCK_M)
     both = tl.program_id(0) // blocks
     sample, head = both // heads, both % heads
@@ -181,14 +186,17 @@ def grad_query_kernel(
     log_sum = tl.load(lse + at, mask=real, other=0.0) * LOG2E
     d = tl.load(delta + at, mask=real, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if SPLIT:
+        tile, share = share_of_tiles(sources, sample, queries, present, present_step, flag_step, BLOCK_N)
     for i in tl.static_range(len(sources)):
         source = sources[i]
-        bias = bias_of(source_bias, bias_strides, sample, head, source.number)
-        limit, lead = limits(source, sample, queries, present, present_step, flag_step)
-        limit = tl.where(bias == float("-inf"), 0, limit)
-        flags = flags_of(present, present_step, flag_step, sample, source.number)
-        end = ends_of(row, queries, limit, lead, flags, flag_step)  # [M]
-        whole = tl.min(tl.where(real, end, limit), 0) // BLOCK_N * BLOCK_N
+        bias, end, whole, most = seen_of(
+            source, sample, head, row, queries, present, present_step, flag_step, source_bias, bias_strides
+        )
+        first, whole = 0, whole // BLOCK_N * BLOCK_N
+        if SPLIT:
+            first = tl.maximum(tile, 0) * BLOCK_N
+            whole = tl.minimum(tl.maximum(whole, first), (tile + share) * BLOCK_N)
         key = start_of(source.key, source.key_strides, sample, head // group)
         value = start_of(source.value, source.value_strides, sample, head // group)
         mask = source.mask
@@ -196,20 +204,25 @@ def grad_query_kernel(
             mask += sample.to(tl.int64) * size_of(source)
         dq, inner = differentiate(
             q, g, log_sum, d, dq, key, source.key_strides[2], value, source.value_strides[2], mask,
-            (source.packed & 4) != 0, scale * LOG2E, bias * LOG2E, end, 0, whole, False,
+            (source.packed & 4) != 0, scale * LOG2E, bias * LOG2E, end, first, whole, False,
             PRECISION, DEPTH, VALUE_DEPTH, BLOCK_D, BLOCK_DV, BLOCK_N,
         )  # fmt: skip
+        last = tl.max(end, 0)  # not before: it would hold a register through the first loop
+        if SPLIT:
+            last = tl.minimum(last, (tile + share) * BLOCK_N)
+            tile -= tl.cdiv(most, BLOCK_N)  # from here on counted in the next source
         dq, edge = differentiate(
             q, g, log_sum, d, dq, key, source.key_strides[2], value, source.value_strides[2], mask,
-            (source.packed & 4) != 0, scale * LOG2E, bias * LOG2E, end, whole, tl.max(end, 0), True,
+            (source.packed & 4) != 0, scale * LOG2E, bias * LOG2E, end, whole, last, True,
             PRECISION, DEPTH, VALUE_DEPTH, BLOCK_D, BLOCK_DV, EDGE,
         )  # fmt: skip
         if bias_sum is not None:
             total = tl.sum(tl.where(real, inner + edge, 0.0), 0)
-            tl.store(
-                bias_sum + (both.to(tl.int64) * num_sources + i) * blocks + block, total, mask=i < num_sources
-            )
+            line = (both.to(tl.int64) * num_sources + i) * tl.num_programs(1) + tl.program_id(1)
+            tl.store(bias_sum + line * blocks + block, total, mask=i < num_sources)
     if grad_query is not None:
+        if SPLIT:
+            at += tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // blocks) * queries
         d = tl.arange(0, BLOCK_D)
         tl.store(
             grad_query + at[:, None] * DEPTH + d[None, :],
@@ -381,11 +394,17 @@ def cross_attention_backward(
         if grad_query is not None or grad_bias is not None:
             options = configuration("cross_attention", f"grad_query_{size}", query, query.dtype, UNTUNED)
             blocks = triton.cdiv(queries, options["BLOCK_M"])
-            bias_sum = None if grad_bias is None else lse.new_empty(batch, heads, n, blocks)
-            grad_query_kernel[(batch * heads * blocks,)](
-                grad_query, bias_sum, *upstream, sources_of(keys, values, lengths, masks, causal), *seen_by,
-                n, scale, queries, heads, heads // kv_heads, **depth, **options,
+            splits = splits_of(batch * heads * blocks, keys, options["num_warps"])
+            bias_sum = None if grad_bias is None else lse.new_empty(batch, heads, n, splits * blocks)
+            parts = grad_query
+            if grad_query is not None and splits > 1:
+                parts = lse.new_empty(splits, *query.shape)
+            grad_query_kernel[batch * heads * blocks, splits](
+                parts, bias_sum, *upstream, sources_of(keys, values, lengths, masks, causal), *seen_by,
+                n, scale, queries, heads, heads // kv_heads, **depth, **options, SPLIT=splits > 1,
             )  # fmt: skip
+            if grad_query is not None and parts is not None and splits > 1:
+                grad_query.copy_(parts.sum(0))
             if grad_bias is not None and bias_sum is not None:
                 torch.sum(bias_sum, -1, out=grad_bias)
 

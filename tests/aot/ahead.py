@@ -106,15 +106,18 @@ def concat_linear_cases(dtype):
 
 def cross_attention_cases(dtype):
     """Each class of depths once with all that a kernel can be asked for, and once with next to nothing; the most
-    common one also with what fills a batch of documents.
+    common one also with what fills a batch of documents, and with its keys split.
     """
     import torch
 
+    from mmfast.kernels import _attention
     from mmfast.kernels.cross_attention import cross_attention, cross_attention_backward
 
     def launch(
-        depth, sources, *, lengths=False, masks=False, present=0, causal=False, bias=False, stats=False
-    ):
+        depth, sources, *, lengths=False, masks=False, present=0, causal=False, bias=False, stats=False,
+        split=False,
+    ):  # fmt: skip
+        _attention.programs_wanted = lambda device, num_warps: 1000 if split else 1
         batch, heads, queries, size = 2, 8, 192, 320
         query = torch.empty(batch, queries, heads, depth, dtype=dtype).transpose(1, 2)
         keys, values = (
@@ -141,6 +144,8 @@ def cross_attention_cases(dtype):
         yield f"depth {depth}, one source", lambda depth=depth: launch(depth, 1)
         yield f"depth {depth}, everything", lambda depth=depth: launch(depth, 4, **everything)
     yield "depth 128, lengths and presence", lambda: launch(128, 4, lengths=True, present=2, bias=True)
+    yield "depth 64, one source, split", lambda: launch(64, 1, split=True)
+    yield "depth 128, everything, split", lambda: launch(128, 4, **everything, split=True)
 
 
 def report(kernel, case: str, capability: int, kind: str) -> Compiled:

@@ -37,6 +37,7 @@ def test_every_kernel_is_compiled_for_every_generation_and_precision(compiled):
         *LINEAR,
         "delta_kernel",
         *ATTENTION,
+        "combine_kernel",
     }
     for capability in SHARED_MEMORY:
         for kind in KINDS:

@@ -7,7 +7,7 @@ import torch
 
 from mmfast import ops
 from mmfast.bench import tune
-from mmfast.bench.measure import Result, Work, WrongOutputError
+from mmfast.bench.measure import Result, Work, WrongOutputError, forward_backward
 
 BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
 
@@ -64,6 +64,42 @@ def test_kernels_are_found_in_the_ops_own_modules():
     found = tune.untuned("concat_linear", 90)
     assert {"forward.half", "grad_weight.ieee"} <= found.keys()  # from two modules
     assert all(blocks.keys() == BLOCKS.keys() for blocks in found.values())
+    found = tune.untuned("cross_attention", 90)
+    assert {"forward_64.half", "grad_query_128.tf32", "grad_source_256.ieee"} <= found.keys()
+    assert all(blocks.keys() == BLOCKS.keys() - {"BLOCK_K"} for blocks in found.values())
+
+
+def test_attention_kernels_are_tuned_by_the_works_that_launch_them(monkeypatch):
+    pytest.importorskip("triton")
+    if ops.available("cross_attention", "cpu")["triton"] != "ready":
+        pytest.skip("needs Triton's interpreter")
+    from mmfast.kernels import _launch, cross_attention, cross_attention_backward
+
+    x = torch.randn(1, 1, 4, 16)
+    attend = {"ours": lambda query, kv: ops.cross_attention(query, [(kv, kv)])}
+    forward = Work("forward", attend, lambda seed: (x, x), None)
+    both = Work(
+        "both",
+        {"ours": forward_backward(attend["ours"])},
+        lambda seed: (x, *(x.clone().requires_grad_() for _ in range(2))),
+        None,
+    )
+    found = tune.Found({})
+    monkeypatch.setitem(tune.TABLE["cross_attention"], "cpu", {"triton": found})
+    monkeypatch.setattr(tune.torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(tune, "climb", lambda start, cost: {**start, "num_stages": 6})
+    tune.tune_triton("cross_attention", [forward], found)
+    assert found.keys() == {"forward_64.tf32", "forward_64.ieee"}  # no half, no wider heads, no backward
+    tune.tune_triton("cross_attention", [both], found)
+    kernels = {
+        "forward_64": cross_attention.UNTUNED,
+        "grad_query_64": cross_attention_backward.UNTUNED,
+        "grad_source_64": cross_attention_backward.UNTUNED,
+    }
+    assert found.keys() == {f"{kernel}.{precision}" for kernel in kernels for precision in ("tf32", "ieee")}
+    for kernel, table in kernels.items():
+        options = _launch.configuration("cross_attention", kernel, x, x.dtype, table)
+        assert options == {"PRECISION": "ieee", **table[90][f"{kernel}.ieee"], "num_stages": 6}
 
 
 def test_tuning_writes_this_device_and_keeps_the_others(monkeypatch, tmp_path):

@@ -50,7 +50,7 @@ def cast(arguments, dtype):
     def leaf(t):
         if not (isinstance(t, torch.Tensor) and t.is_floating_point()):
             return t
-        new = torch.empty_strided(t.shape, t.stride(), dtype=dtype)
+        new = torch.empty_strided(t.shape, t.stride(), dtype=dtype, device=t.device)
         if all(t.stride()[d] for d in range(t.dim()) if t.shape[d] > 1):
             new.copy_(t.detach())
         else:  # expanded: many elements share memory
@@ -68,7 +68,7 @@ def run(function, arguments, seed=0):
     leaves = [(name, t) for name, t in leaves if isinstance(t, torch.Tensor) and t.requires_grad]
     if leaves:
         grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        grads = torch.autograd.grad(out, [t for _, t in leaves], grad.to(out.dtype))
+        grads = torch.autograd.grad(out, [t for _, t in leaves], grad.to(out))
         results |= {f"gradient of {name}": g for (name, _), g in zip(leaves, grads, strict=True)}
     return results
 

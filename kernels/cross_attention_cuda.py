@@ -1,13 +1,13 @@
-"""Backend ``cuda`` of ``cross_attention``: the forward by ``csrc/cuda/``, for few queries over long sources. Any
-number of queries works. The backward is that of the Triton kernels.
+"""Backend ``cuda`` of ``cross_attention``: the forward by ``csrc/cuda/``, the backward by the Triton kernels.
 
-All queries of the heads that share a kv head are rows of one product, 32 or 64 to a block of threads, and what
-keys there are is split among blocks, whose sums are added in a fixed order.
+It is made for few queries over long sources; any number works. All queries of the heads that share a kv head
+are rows of one product, 32 or 64 to a block of threads. The keys are split among blocks, whose sums are added
+in a fixed order.
 """
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class Plan(NamedTuple):
 def plan(
     batch: int, kv_heads: int, rows: int, sizes: Sequence[int], depth: int, itemsize: int, processors: int
 ) -> Plan:
-    """The cut for ``rows`` queries of the heads that share a kv head, by sizes alone: lengths stay on the device.
+    """The cut for ``rows`` queries and heads to a kv head, by sizes alone: lengths stay on the device.
 
     Splits are as many as give each of ``processors`` the blocks that it has shared memory for.
     """
@@ -61,8 +61,8 @@ def cross_attention(
     """Launches the forward; arguments and results are those of ``torch.ops.mmfast.cross_attention``.
 
     float32 is multiplied exactly, whatever PyTorch's setting of its precision. Copied first: a query, key or
-    value whose last dimension is not dense. Rows that do not begin at multiples of 16 bytes are read element by
-    element.
+    value whose last dimension is not dense. Where rows do not begin at multiples of 16 bytes, elements are
+    read one by one.
 
     Raises:
         TypeError: for float64.
@@ -91,9 +91,9 @@ def cross_attention(
     parts = lse.new_empty(cut.slots, lse.numel(), value_depth)
     totals, tops = lse.new_empty(2, cut.slots, lse.numel(), len(keys))
     SPLIT(
-        dense(query), [dense(key) for key in keys], [dense(value) for value in values], lengths, masks, present,
-        causal, source_bias, depth**-0.5 if scale is None else scale, cut.block, cut.splits, parts, totals, tops,
-        out, lse, shares,
+        dense(query), [dense(key) for key in keys], [dense(value) for value in values], lengths, masks,
+        present, causal, source_bias, depth**-0.5 if scale is None else scale, cut.block, cut.splits, parts,
+        totals, tops, out, lse, shares,
     )  # fmt: skip
     return made
 
@@ -103,8 +103,8 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def cross_attention_backward(*args: object) -> list[Tensor]:
-    """Hands over to the Triton kernels: there is no backward in CUDA. They need Triton, and raise as it does."""
+def cross_attention_backward(*args: Any) -> list[Tensor]:
+    """Hands over to the launcher of the Triton kernels: there is no CUDA kernel of the backward."""
     from mmfast.kernels import cross_attention_backward as triton
 
     return triton.cross_attention_backward(*args)

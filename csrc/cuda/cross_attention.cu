@@ -1,7 +1,7 @@
-// Launches of cross_attention's forward; cross_attention.h says what a block does.
+// Launches of cross_attention's forward; cross_attention_kernel.h says what a block does.
 #include <cuda_runtime.h>
 
-#include "cross_attention.h"
+#include "cross_attention_kernel.h"
 
 namespace mmfast {
 
@@ -31,6 +31,7 @@ const char* launch(const Attention& a, Type type, void* stream) {
   with_kernel(a, type, [&](auto kernel) {
     using T = typename decltype(kernel)::Element;
     using Memory = typename decltype(kernel)::Memory;
+    static_assert(sizeof(Memory) <= 163 * 1024, "what a block may ask for on sm_80");
     const auto attend = attend_kernel<T, Memory::kDepth>;
     error = cudaFuncSetAttribute(attend, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Memory));
     if (error != cudaSuccess) return;

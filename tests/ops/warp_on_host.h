@@ -1,8 +1,9 @@
-// csrc/cuda/warp.h for a host without a GPU: every thread of a block is a fiber, which runs until it has to meet
-// its warp or its block. What a meeting does is done by the last thread to come, as PTX documents it.
+// csrc/cuda/warp.h for a host without a GPU: every thread of a block is a fiber, which runs until it has to
+// meet its warp or its block. What a meeting does is done by the last thread to come, as PTX documents it.
 //
-// Faults that a GPU hides most of the time show at once: a copy arrives when it is waited for and not before, shared
-// memory holds NaN at first, threads come in either order, and a meeting that not all come to is an error.
+// Faults that a GPU hides most of the time show at once: a copy arrives when it is waited for and not before,
+// shared memory holds NaN at first, threads come in either order, and a meeting that not all come to is an
+// error.
 #pragma once
 
 #include <setjmp.h>
@@ -58,8 +59,9 @@ struct BlockOnHost {
 };
 
 inline BlockOnHost host;
-inline bool reversed = false;        // threads, and blocks too, in the other order
+inline bool reversed = false;       // threads, and blocks too, in the other order
 inline int64_t bank_conflicts = 0;  // of ldmatrix
+inline int64_t bytes_copied = 0;
 
 inline int thread_index() { return host.current; }
 
@@ -153,6 +155,7 @@ void wait() {
     for (const Copy& copy : groups.front()) {
       std::memset(copy.to, 0, 16);
       std::memcpy(copy.to, copy.from, copy.bytes);
+      bytes_copied += copy.bytes;
     }
 }
 

@@ -324,6 +324,34 @@ MM_DEVICE void note_spoilt(const Attention& a, int64_t sample, int64_t kv_head, 
   });
 }
 
+// One step of the online softmax: logits become weights below the top, which is now `higher` in any of the
+// four threads that share a row.
+template <int N, int PARTS>
+MM_DEVICE void weigh(float (&logits)[N][4], float (&higher)[2], float (&tops)[2], float (&totals)[2],
+                     float (&sums)[PARTS][4]) {
+  float fades[2], shifts[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    higher[r] = fmaxf(higher[r], shuffle_xor(higher[r], 1));
+    higher[r] = fmaxf(higher[r], shuffle_xor(higher[r], 2));
+    shifts[r] = shift_of(higher[r]);
+    fades[r] = power_of_two(tops[r] - shifts[r]);
+    totals[r] *= fades[r];
+    tops[r] = higher[r];
+  }
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      logits[n][e] = power_of_two(logits[n][e] - shifts[e / 2]);
+      totals[e / 2] += logits[n][e];
+    }
+#pragma unroll
+  for (int c = 0; c < PARTS; ++c)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sums[c][e] *= fades[e / 2];
+}
+
 // A block's part: rows `block` of all, keys `split` of all.
 template <class T, int DEPTH>
 MM_DEVICE void attend(const Attention& a, int64_t block, int split, Shared<T, DEPTH>& shared) {
@@ -413,27 +441,7 @@ MM_DEVICE void attend(const Attention& a, int64_t block, int split, Shared<T, DE
           if (selects && !sees(e / 2, base + 8 * n + 2 * (lane % 4) + e % 2)) x = -INFINITY;
           higher[e / 2] = fmaxf(higher[e / 2], x);
         }
-      float fades[2], shifts[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        higher[r] = fmaxf(higher[r], shuffle_xor(higher[r], 1));
-        higher[r] = fmaxf(higher[r], shuffle_xor(higher[r], 2));
-        shifts[r] = shift_of(higher[r]);
-        fades[r] = power_of_two(tops[r] - shifts[r]);
-        totals[r] *= fades[r];
-        tops[r] = higher[r];
-      }
-#pragma unroll
-      for (int n = 0; n < S::kSlice / 8; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          logits[n][e] = power_of_two(logits[n][e] - shifts[e / 2]);
-          totals[e / 2] += logits[n][e];
-        }
-#pragma unroll
-      for (int c = 0; c < kParts; ++c)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sums[c][e] *= fades[e / 2];
+      weigh(logits, higher, tops, totals, sums);
       multiply_values<T, S>(sums, logits, values + base * DEPTH, a.value_depth);
     }
 

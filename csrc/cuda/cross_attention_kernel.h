@@ -458,8 +458,7 @@ MM_DEVICE void attend(const Attention& a, int64_t block, int split, Shared<T, DE
       }
     }
   }
-  wait<0>();
-  sync_block();  // all have noted what is spoilt
+  wait<0>();  // the query, where there was no tile
 #pragma unroll
   for (int c = 0; c < kParts; ++c)
 #pragma unroll

@@ -2,8 +2,8 @@
 // meet its warp or its block. What a meeting does is done by the last thread to come, as PTX documents it.
 //
 // Faults that a GPU hides most of the time show at once: a copy arrives when it is waited for and not before,
-// shared memory holds NaN at first, threads come in either order, and a meeting that not all come to is an
-// error.
+// shared memory holds NaN at first, one warp runs ahead of the others as far as it can, in either order, and
+// a meeting that not all come to is an error.
 #pragma once
 
 #include <setjmp.h>
@@ -299,14 +299,20 @@ const char* run_block(int threads, F body) {
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, enter, 0);
   }
-  do {
-    host.moved = false;
-    for (int i = 0; i < threads; ++i) {
-      const int thread = reversed ? threads - 1 - i : i;
-      if (!host.fibers[thread].done) resume(thread);
-      if (host.error) return host.error;
+  for (bool any = true; any;) {
+    any = false;
+    for (int first = 0; first < threads; first += 32) {
+      do {  // a warp goes as far as it can before the next one has its turn
+        host.moved = false;
+        for (int i = first; i < first + 32; ++i) {
+          const int thread = reversed ? threads - 1 - i : i;
+          if (!host.fibers[thread].done) resume(thread);
+          if (host.error) return host.error;
+        }
+        any |= host.moved;
+      } while (host.moved);
     }
-  } while (host.moved);
+  }
   for (const Fiber& fiber : host.fibers)
     if (!fiber.done) return "threads wait for others that do not come";
   return nullptr;

@@ -1,10 +1,5 @@
 // Binds concat_linear's epilogue; its schemas are in kernels/concat_linear_cuda.py.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include "../cpu/box.h"
+#include "binding.h"
 #include "epilogue.h"
 
 using torch::stable::Tensor;
@@ -13,20 +8,6 @@ namespace mmfast {
 
 namespace {
 
-Type type_of(const Tensor& tensor) {
-  using torch::headeronly::ScalarType;
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Type::float32;
-    case ScalarType::Half:
-      return Type::float16;
-    case ScalarType::BFloat16:
-      return Type::bfloat16;
-    default:
-      STD_TORCH_CHECK(false, "concat_linear: backend cuda is for float32, float16 and bfloat16");
-  }
-}
-
 Activation activation_of(const std::string& name) {
   constexpr const char* names[] = {"none", "relu", "gelu", "silu", "swiglu"};
   for (int i = 0; i < 5; ++i)
@@ -34,18 +15,7 @@ Activation activation_of(const std::string& name) {
   STD_TORCH_CHECK(false, "concat_linear: activation ", name, " is unknown");
 }
 
-void* data_of(const std::optional<Tensor>& tensor) { return tensor ? tensor->mutable_data_ptr() : nullptr; }
-
 int64_t step_of(const std::optional<Tensor>& gate) { return gate && gate->numel() > 1 ? 1 : 0; }
-
-template <class Arguments>
-void run(const Arguments& arguments, const Tensor& out) {
-  torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(out.get_device_index(), &stream));
-  const char* error = launch(arguments, type_of(out), stream);
-  STD_TORCH_CHECK(error == nullptr, "concat_linear: CUDA refused the launch: ", error);
-}
 
 // walks: the three leading sizes, then three strides of every product, then three of the residual if it is
 // there.
@@ -83,7 +53,7 @@ void epilogue(const std::vector<Tensor>& products, const std::vector<int64_t>& s
   f.gate_step = step_of(gate);
   f.out = out.mutable_data_ptr();
   f.preact = data_of(preact);
-  run(f, out);
+  run(f, out, "concat_linear");
 }
 
 void epilogue_backward(const Tensor& grad, const std::optional<Tensor>& preact,
@@ -103,7 +73,7 @@ void epilogue_backward(const Tensor& grad, const std::optional<Tensor>& preact,
   b.grad_preact = data_of(grad_preact);
   b.bias_sum = static_cast<float*>(bias_sum.mutable_data_ptr());
   b.gate_sum = static_cast<float*>(data_of(gate_sum));
-  run(b, grad);
+  run(b, grad, "concat_linear");
 }
 
 }  // namespace

@@ -4,18 +4,12 @@
 #pragma once
 
 #include <cmath>
-#include <cstdint>
 
-#ifdef __CUDACC__
-#define MM_DEVICE __host__ __device__ __forceinline__
-#else
-#define MM_DEVICE inline
-#endif
+#include "types.h"
 
 namespace mmfast {
 
 enum class Activation : int32_t { none, relu, gelu, silu, swiglu };
-enum class Type : int32_t { float32, float16, bfloat16 };
 
 constexpr int kProducts = 16;
 

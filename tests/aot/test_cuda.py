@@ -26,5 +26,15 @@ def test_each_generation_has_machine_code_and_later_ones_have_ptx():
 
 def test_no_kernel_spills_registers():
     usage = re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+) .*?LOCAL:(\d+)", cuobjdump("-res-usage"))
-    assert len(usage) == 3 * 6, "forward and backward in three dtypes for three generations"
+    epilogue, attention = 2 * 3, 3 * 3 + 3  # forward and backward; depths of 64, 128 and 256, and the merge
+    assert len(usage) == 3 * (epilogue + attention), "in three dtypes for three generations"
     assert not [name for name, stack, local in usage if int(stack) + int(local)]
+
+
+def test_attention_multiplies_on_tensor_cores_but_for_float32():
+    code = cuobjdump("-sass", "-arch", "sm_80").split("Function : ")[1:]
+    found = {
+        name: "HMMA.16816" in body for name, body in (one.split("\n", 1) for one in code) if "attend" in name
+    }
+    assert len(found) == 9
+    assert all(on_tensor_cores == ("kernelIf" not in name) for name, on_tensor_cores in found.items())

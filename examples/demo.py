@@ -142,6 +142,10 @@ def run(
     config = load_config(ROOT / "configs" / f"{name}.yaml", overrides)
     jobs = variants(config)
 
+    if config.trainer.max_steps < CHUNK:
+        raise UserError(
+            f"--steps is {config.trainer.max_steps}, wanted at least {CHUNK}: a turn of each loop"
+        )
     race = Race(jobs["all"], turns=min(TURNS, config.trainer.max_steps // CHUNK))
     together = learn(jobs["all"], every_subset=True, on_step=race.on_step, quiet=quiet)
     race.stock.close()

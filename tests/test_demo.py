@@ -97,7 +97,7 @@ def test_without_attention_the_picture_has_its_three_panels() -> None:
 
 def test_a_model_that_attends_tells_its_shares(tmp_path: Path) -> None:
     out = tmp_path / "attention"
-    command = [sys.executable, ROOT / "examples/demo.py", "--dataset=digits", "--steps=2", f"--out={out}"]
+    command = [sys.executable, ROOT / "examples/demo.py", "--dataset=digits", "--steps=20", f"--out={out}"]
     command += ["--quiet", "--model.fusion=Attention", "--trainer.batch_size=16"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr

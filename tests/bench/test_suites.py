@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 import torch
 
 from mmfast import ops
@@ -57,6 +58,9 @@ def tiny(monkeypatch):
     job = bench_training_step.Job(streams, batch=4, dim=32, heads=2, queries=5, layers=2, classes=3)
     monkeypatch.setattr(bench_training_step, "JOB", job)
     monkeypatch.setattr(bench_concat_linear.torch, "compile", lambda call, **_: call)
+    yield
+    if dist.is_initialized():  # by the trainer, for this process alone; other tests begin their own
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("suite", "at"), WORKS)

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 import torch
+import torch.distributed as dist
 
 from mmfast import ops
 from mmfast.bench import (

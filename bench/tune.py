@@ -23,6 +23,7 @@ from rich import print
 from mmfast import bench, kernels, ops
 from mmfast.bench.measure import Call, Result, Work, WrongOutputError, ceilings, measure
 from mmfast.bench.report import Record
+from mmfast.kernels._launch import capability
 from mmfast.ops._backend import READY, TABLE
 
 Blocks = dict[str, int]
@@ -40,7 +41,7 @@ def tune(op: str, seconds: float) -> None:
     )
     ready = [name for name, state in ops.available(op, device).items() if state == READY]
     if device == "cuda" and "triton" in ready:
-        entry["capability"] = _generation()
+        entry["capability"] = capability(torch.device(device))
         entry["triton"] = Found(entry.get("triton", {}))
         tune_triton(op, works, entry["triton"])
     record = Record(op, list(compare(works, ready, seconds)), ceilings(device))
@@ -102,7 +103,7 @@ def tune_triton(op: str, works: Sequence[Work], found: Found) -> None:
         return key in found.asked
 
     before = torch.backends.cuda.matmul.fp32_precision
-    for key, start in untuned(op, _generation()).items():
+    for key, start in untuned(op, capability(torch.device("cuda"))).items():
         dtype = torch.bfloat16 if key.endswith(".half") else torch.float32
         torch.backends.cuda.matmul.fp32_precision = "tf32" if key.endswith(".tf32") else "ieee"
         mine = [work for work in works if work.dtype == dtype and asks(work, key)]
@@ -125,11 +126,6 @@ def tune_triton(op: str, works: Sequence[Work], found: Found) -> None:
         found[key] = climb(found.get(key, start), cost)
         print(f"{op} {key}: {found[key]}")
     torch.backends.cuda.matmul.fp32_precision = before
-
-
-def _generation() -> int:
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
 
 
 def untuned(op: str, generation: int) -> dict[str, Blocks]:

@@ -86,7 +86,7 @@ def test_attention_kernels_are_tuned_by_the_works_that_launch_them(monkeypatch):
     )
     found = tune.Found({})
     monkeypatch.setitem(tune.TABLE["cross_attention"], "cpu", {"triton": found})
-    monkeypatch.setattr(tune.torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(tune.torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(tune, "climb", lambda start, cost: {**start, "num_stages": 6})
     tune.tune_triton("cross_attention", [forward], found)
     assert found.keys() == {"forward_64.tf32", "forward_64.ieee"}  # no half, no wider heads, no backward

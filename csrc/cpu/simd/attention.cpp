@@ -9,10 +9,6 @@ using mmfast::AttentionKernels, mmfast::RowType;
 namespace {
 
 constexpr int KEYS = AttentionKernels<float>::KEYS;
-// As in tiles.cpp: of a tile.
-constexpr int TILE_ROWS = 6, PANEL_VECTORS = BYTES == 64 ? 4 : 2;
-template <class T>
-constexpr int COLUMNS = PANEL_VECTORS * lanes<T>;
 
 // 2^12 is far from overflow, and to rescale seldom is cheaper than to find each row's true maximum.
 constexpr int SLACK = 12;
@@ -86,8 +82,8 @@ auto among(int v, int64_t count) {
 // Vector v of a tile's row, which goes on in the next panel.
 template <class T>
 Vec<T> part(const Acc<T>* row, int v) {
-  const Acc<T>* const panel = row + v / PANEL_VECTORS * TILE_ROWS * COLUMNS<T>;
-  return bits<Vec<T>>(panel + v % PANEL_VECTORS * lanes<T>, lanes<T>);
+  const Acc<T>* const panel = row + v / TILE_VECTORS * TILE_ROWS * COLUMNS<T>;
+  return bits<Vec<T>>(panel + v % TILE_VECTORS * lanes<T>, lanes<T>);
 }
 
 template <class T>

@@ -7,12 +7,7 @@ using mmfast::RowType, mmfast::TileKernels;
 
 namespace {
 
-// 6 x 4 vectors of sums, 4 of the right-hand side and one of the left: 29 of AVX-512's 32 registers. Others
-// have 16: 6 x 2 + 2 + 1.
-constexpr int ROWS = 6, VECTORS = BYTES == 64 ? 4 : 2;
-
-template <class T>
-constexpr int COLUMNS = VECTORS * lanes<T>;
+constexpr int ROWS = TILE_ROWS, VECTORS = TILE_VECTORS;
 
 #ifdef __AVX512BF16__
 template <class T>

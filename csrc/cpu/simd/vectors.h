@@ -43,6 +43,12 @@ using Acc = typename Traits<T>::A;
 template <class T>
 constexpr int lanes = BYTES / sizeof(Acc<T>);
 
+// Of a tile of sums: 6 x 4 vectors, 4 of the right-hand side and one of the left are 29 of AVX-512's 32
+// registers. Others have 16: 6 x 2 + 2 + 1.
+constexpr int TILE_ROWS = 6, TILE_VECTORS = BYTES == 64 ? 4 : 2;
+template <class T>
+constexpr int COLUMNS = TILE_VECTORS * lanes<T>;
+
 template <class V, class T>
 V bits(const T* p, int64_t count) {  // the rest of the vector is zero
   V v{};

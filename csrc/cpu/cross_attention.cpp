@@ -62,6 +62,7 @@ class Worker {
     for (int64_t r = 0; r < task.rows; ++r) query_[r] = a_.query_row(task.b, task.kv_head, task.first + r);
     const auto& blocks = a_.blocks[task.b];
     const int64_t end = std::min<int64_t>(task.until, blocks.size());
+    BlockWalk<T> walk(a_, task.b, task.kv_head, end);
     int64_t source = -1, least = 0, most = 0;
     for (int64_t n = task.from; n < end; ++n) {
       if (blocks[n].source != source) {
@@ -70,14 +71,11 @@ class Worker {
         std::tie(least, most) = look(task, source);
       }
       if (blocks[n].first >= most) continue;
-      const Block<T> block(a_, task.b, task.kv_head, blocks[n]);
+      const Block<T>& block = walk.go_to(n, 2 * parts(task.rows, k_.rows));
       keys_.take(block.key, block.count);
       values_.take(block.value, block.count);
-      Prefetch<T> prefetch(a_, task.b, task.kv_head, n + 1, end, parts(task.rows, k_.rows));
-      for (int64_t r = 0; r < task.rows; r += k_.rows) {
-        prefetch.step();
-        tile({seen_.data(), least, r, std::min(r + k_.rows, task.rows), block}, block, out);
-      }
+      for (int64_t r = 0; r < task.rows; r += k_.rows)
+        tile({seen_.data(), least, r, std::min(r + k_.rows, task.rows), block}, block, walk, out);
     }
     if (source >= 0) out.close_source(source, task.rows);
   }
@@ -93,16 +91,19 @@ class Worker {
     return {*least, *most};
   }
 
-  void tile(const Viewers<T>& v, const Block<T>& block, Partial<T>& out) {
+  void tile(const Viewers<T>& v, const Block<T>& block, BlockWalk<T>& walk, Partial<T>& out) {
+    walk.step();
     if (v.count == 0) return;
     const T* left[TileKernels<T>::MOST_ROWS];
     v.fill(left, [&](int64_t i) { return query_[v.row[i]]; });
     keys_.multiply(logits_.data(), left, v.count, v.most);
+    if (a_.scale2 < 0) softmax_.scale(logits_.data(), -1, parts(KEYS, k_.columns) * k_.rows * k_.columns);
     A factor[TileKernels<T>::MOST_ROWS];
-    softmax_.softmax(weights_.data(), logits_.data(), v.count, v.row, v.keys, a_.scale2, bias_.data(),
-                     out.max.data(), out.total.data(), factor);
+    softmax_.softmax(weights_.data(), logits_.data(), v.count, v.row, v.keys, std::abs(a_.scale2),
+                     bias_.data(), out.max.data(), out.total.data(), factor);
     for (int64_t i = 0; i < v.count; ++i)
       if (factor[i] != 1) out.sums.scale(v.row[i], factor[i]);
+    walk.step();
     out.sums.add(v, block.count, weights_, 0, values_);
   }
 

@@ -217,32 +217,43 @@ struct Block {
   }
 };
 
-// Asks for the next block's rows, some at each of the steps that the work on this block has: they come from
-// memory, which would otherwise rest now and be waited for then.
+// The blocks of a head's keys in turn. While one is worked on, step() asks for some of the next one's rows:
+// they come from memory, which would otherwise rest now and be waited for then.
 template <class T>
-class Prefetch {
+class BlockWalk {
  public:
-  Prefetch(const Attention<T>& a, int64_t b, int64_t kv_head, int64_t next, int64_t end, int64_t steps)
-      : depth_(a.depth), value_depth_(a.value_depth) {
-    if (next == end || steps == 0) return;
-    block_.emplace(a, b, kv_head, a.blocks[b][next]);
-    of_step_ = parts(block_->count, steps);
+  BlockWalk(const Attention<T>& a, int64_t b, int64_t kv_head, int64_t end)
+      : a_(a), b_(b), kv_head_(kv_head), end_(end) {}
+
+  // Goes to block n; the work on it has so many steps.
+  const Block<T>& go_to(int64_t n, int64_t steps) {
+    std::swap(now_, next_);
+    if (next_at_ != n) make(*now_, n);
+    row_ = of_step_ = 0;
+    if (n + 1 < end_ && steps) {
+      make(*next_, next_at_ = n + 1);
+      of_step_ = parts((*next_)->count, steps);
+    }
+    return **now_;
   }
   void step() {
-    if (!block_) return;
-    for (const int64_t until = std::min(row_ + of_step_, block_->count); row_ < until; ++row_) {
-      ask(block_->key[row_], depth_);
-      ask(block_->value[row_], value_depth_);
+    if (of_step_ == 0) return;
+    const Block<T>& next = **next_;
+    for (const int64_t until = std::min(row_ + of_step_, next.count); row_ < until; ++row_) {
+      ask(next.key[row_], a_.depth);
+      ask(next.value[row_], a_.value_depth);
     }
   }
 
  private:
+  void make(std::optional<Block<T>>& block, int64_t n) { block.emplace(a_, b_, kv_head_, a_.blocks[b_][n]); }
   static void ask(const T* row, int64_t width) {
     for (int64_t d = 0; d < width; d += 64 / sizeof(T)) __builtin_prefetch(row + d, 0, 2);
   }
 
-  int64_t depth_, value_depth_, of_step_ = 0, row_ = 0;
-  std::optional<Block<T>> block_;
+  const Attention<T>& a_;
+  int64_t b_, kv_head_, end_, next_at_ = -1, of_step_ = 0, row_ = 0;
+  std::optional<Block<T>> two_[2], *now_ = two_, *next_ = two_ + 1;
 };
 
 // The rows of a tile that see anything of a block, and how many of its keys.

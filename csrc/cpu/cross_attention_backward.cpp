@@ -82,6 +82,7 @@ class Worker {
     }
     const auto& blocks = a_.blocks[task.b];
     const int64_t end = std::min<int64_t>(task.until, blocks.size());
+    BlockWalk<T> walk(a_, task.b, task.kv_head, end);
     for (int64_t n = task.from; n < end; ++n) {
       const int64_t i = blocks[n].source;
       if (n == task.from || i != blocks[n - 1].source) {
@@ -91,13 +92,12 @@ class Worker {
         }
         least_ = a_.rows ? *std::min_element(seen_.begin(), seen_.end()) : 0;
       }
-      Prefetch<T> prefetch(a_, task.b, task.kv_head, n + 1, end, parts(a_.rows, ROWS) * parts(ROWS, k_.rows));
-      block(task, i, {a_, task.b, task.kv_head, blocks[n]}, prefetch, d_query, of_source);
+      block(task, i, walk.go_to(n, parts(a_.rows, ROWS) * parts(ROWS, k_.rows)), walk, d_query, of_source);
     }
   }
 
  private:
-  void block(const Task& task, int64_t i, const Block<T>& block, Prefetch<T>& prefetch, RowSums<T>& d_query,
+  void block(const Task& task, int64_t i, const Block<T>& block, BlockWalk<T>& walk, RowSums<T>& d_query,
              A* of_source) {
     d_key_.clear();
     d_value_.clear();
@@ -110,7 +110,7 @@ class Worker {
       int64_t count = 0;  // rows that see anything
       for (int64_t r = first; r < std::min(first + ROWS, a_.rows); r += k_.rows) {
         const Viewers<T> v(seen_.data(), least_, r, std::min({r + k_.rows, first + ROWS, a_.rows}), block);
-        prefetch.step();
+        walk.step();
         if (v.count == 0) continue;
         if (!ready) {
           keys_.take(block.key, block.count);

@@ -15,7 +15,7 @@ struct AttentionKernels {
   int64_t lanes;  // of a vector of A
   // One step of an online softmax for some rows of a tile, whose max, sum [lanes] and bias lie at row[i]: p =
   // 2^(x - max) for the first keys[i] of the block, 0 for the rest of it; sum += p. factor[i] is what all
-  // before has to be multiplied with, since max grew.
+  // before has to be multiplied with, since max grew. scale >= 0.
   void (*softmax)(T* p, const A* s, int64_t rows, const int64_t* row, const int64_t* keys, A scale,
                   const A* bias, A* max, A* sum, A* factor);
   // p = 2^(x - lse), ds = p * (dp - delta), both 0 from `count` on. Unless sums is null, sums[0] += the sum

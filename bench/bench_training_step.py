@@ -3,8 +3,8 @@
 ``FusionModel`` with ``AttentionFusion``: a projection of each stream, latents that look at all of them, their
 mean, a category. The stock form has the same weights, data and AdamW in eager PyTorch and float32: it norms
 and projects every padded step, concatenates keys, values and masks, and calls scaled_dot_product_attention.
-It also runs compiled and under bfloat16 autocast, and ours in float32 and uncompiled: so the table tells what
-the ops gain from what bfloat16 and the compiler do.
+It also runs compiled, under bfloat16 autocast, and both, and ours in float32 and uncompiled: so the table
+tells what the ops gain from what bfloat16 and the compiler do.
 
 The features are synthetic and in memory: the step is measured here, loading elsewhere.
 """
@@ -69,7 +69,10 @@ def works(device: str | None = None) -> list[Work]:
         "stock": functools.partial(stock, JOB, device),
         "stock compiled": functools.partial(stock, JOB, device, compiled=True),
         "stock bfloat16": functools.partial(stock, JOB, device, half=True),
+        "stock compiled bfloat16": functools.partial(stock, JOB, device, compiled=True, half=True),
     }
+    computed_in = dict.fromkeys(("mmfast", "mmfast eager"), auto)
+    computed_in |= dict.fromkeys(("stock bfloat16", "stock compiled bfloat16"), torch.bfloat16)
     return [
         Work(
             name="attention fusion, half absent: training step",
@@ -79,7 +82,7 @@ def works(device: str | None = None) -> list[Work]:
             device=device,
             required={"stock": 3.0},  # DESIGN section 4
             sets=1,  # a minute to check
-            computed_in={"mmfast": auto, "mmfast eager": auto, "stock bfloat16": torch.bfloat16},
+            computed_in=computed_in,
             samples=JOB.batch,
         )
     ]
@@ -118,7 +121,7 @@ class StockProjection(Projection):
 class StockFusion(AttentionFusion):
     """The weights of ``AttentionFusion``, as people write it."""
 
-    def forward(self, features: Features, present: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, features: Features, present: Tensor) -> Tensor:
         """``{name: ([B, T, D], [B])}``, bool [B, n] -> [B, dim]."""
         streams = {name: stream for name, (stream, _) in features.items()}
         seen = torch.cat([valid(lengths, x.shape[1]) for x, lengths in features.values()], 1)[:, None, None]

@@ -2,10 +2,11 @@
 
 A fusion's ``forward(features, present)`` gets the encoders' ``{name: (sequence [B, T, D], lengths [B])}`` in
 the order it was built for and ``present`` bool [B, n] in the same order. What is absent must not reach its
-output. A fusion by attention also returns how much of it each modality got, [B, n].
+output. Outside of training, a fusion by attention also returns how much of it each modality got, [B, n].
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,16 +46,22 @@ class AttentionFusion(nn.Module):
         )
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, features: Features, present: Tensor) -> tuple[Tensor, Tensor]:
-        """``{name: ([B, T, D], [B])}``, bool [B, n] -> [B, dim] and the modalities' shares [B, n].
+    def forward(self, features: Features, present: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """``{name: ([B, T, D], [B])}``, bool [B, n] -> [B, dim], in ``eval`` also the shares [B, n].
 
         Shares are means over queries, heads and layers; they add up to 1, or to 0 where nothing is present.
+        Training does without: attention is faster where it need not tell its sources apart.
         """
         sequences = {name: sequence for name, (sequence, _) in features.items()}
         lengths = {name: length for name, (_, length) in features.items()}
+        options: dict[str, Any] = {"lengths": lengths, "present": present}
         x = self.queries.expand(len(present), -1, -1)  # [B, queries, dim]
         shares = []
         for block in self.blocks:
-            x, stats = block(x, sequences, lengths=lengths, present=present, return_stats=True)
-            shares.append(stats.mass.mean(dim=(1, 2)))
-        return self.norm(x).mean(dim=1), torch.stack(shares).mean(dim=0)
+            if self.training:
+                x = block(x, sequences, **options)
+            else:
+                x, stats = block(x, sequences, return_stats=True, **options)
+                shares.append(stats.mass.mean(dim=(1, 2)))
+        fused = self.norm(x).mean(dim=1)
+        return (fused, torch.stack(shares).mean(dim=0)) if shares else fused

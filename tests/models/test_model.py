@@ -151,8 +151,12 @@ def test_a_subset_of_modalities_reads_its_own_columns():
     assert torch.equal(model(changed)["label"], logits)
 
 
-def test_attention_tells_the_share_of_each_modality():
-    output = make(ATTENTION)(make_batch())
+def test_attention_tells_the_share_of_each_modality_outside_of_training():
+    model, batch = make(ATTENTION, dtype=torch.float64), make_batch(dtype=torch.float64)
+    logits = model.train()(batch)
+    assert list(logits) == ["label"]
+    torch.testing.assert_close(model.eval()(batch)["label"], logits["label"], rtol=1e-12, atol=1e-12)
+    output = make(ATTENTION).eval()(make_batch())
     shares = torch.stack([output[f"share/{name}"] for name in ATTENTION.encoders], dim=1)  # [B, n]
     present = make_batch()["present"]
     assert torch.equal(shares > 0, present)

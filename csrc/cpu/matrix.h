@@ -5,6 +5,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -32,13 +36,26 @@ inline int64_t product(const Shape& shape) {
   return n;
 }
 
+// A block above glibc's largest threshold comes anew from the system each time, page by page as it is first
+// written, which takes longer than to write it: so let the pages be of 2 MiB.
+inline void in_huge_pages(void* block, size_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t THRESHOLD = 32 << 20, PAGE = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(block), first = (begin + PAGE - 1) / PAGE * PAGE;
+  if (bytes > THRESHOLD)
+    madvise(reinterpret_cast<void*>(first), (begin + bytes) / PAGE * PAGE - first, MADV_HUGEPAGE);
+#endif
+}
+
 inline Tensor empty(const Shape& shape, const Shape& strides, ScalarType type) {
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
                                aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  const Tensor made(handle);
+  in_huge_pages(made.data_ptr(), product(shape) * made.element_size());
+  return made;
 }
 
 inline Tensor empty(const Shape& shape, ScalarType type) {

@@ -83,8 +83,8 @@ def test_compiled_it_is_as_exact(name, kind):
 
 @pytest.mark.inductor
 def test_inductor_compiles_it_too():
-    function = compiled(lambda **a: each(contrastive_loss)(**a).sqrt(), backend="inductor")
-    check(function, lambda **a: MEANT(**a).sqrt(), example(present=True), torch.float32)
+    function = compiled(lambda **a: each(contrastive_loss)(**a).log(), backend="inductor")
+    check(function, lambda **a: MEANT(**a).log(), example(present=True), torch.float32)
 
 
 @st.composite
@@ -100,7 +100,7 @@ def any_problem(draw):
         seed=draw(st.integers(0, 99)),
     )
     for name in ("a", "b"):
-        how = draw(st.sampled_from(["dense", "sliced", "stepped", "expanded", "transposed"]))
+        how = draw(st.sampled_from(["dense", "sliced", "stepped", "transposed"]))
         arguments[name] = laid_out(arguments[name], how)
     return arguments
 
@@ -112,8 +112,6 @@ def laid_out(x, how):
         x = torch.cat([x, x, x], -1)[..., x.shape[-1] : 2 * x.shape[-1]]
     elif how == "stepped":  # every second row
         x = torch.stack([x, x], -2).flatten(1, 2)[:, ::2]
-    elif how == "expanded":
-        x = x[:, :1].expand_as(x)
     elif how == "transposed":
         x = x.mT.contiguous().mT
     return x.requires_grad_()
@@ -127,6 +125,17 @@ def test_any_shape_presence_and_layout(name):
         check(ours(name), MEANT, arguments, torch.float32)
 
     every()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_rows_may_share_their_memory(name):
+    """Of equal rows a gradient is next to 0, and so would be what it may be off by: the bits of a copy are wanted."""
+    a, b = torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(0))
+    shared = a[:1].expand(9, -1).requires_grad_()
+    copied = shared.detach().clone().requires_grad_()
+    results = [on(name)(x, b, torch.ones(()))[0] for x in (shared, copied)]
+    assert torch.equal(*results)
+    assert torch.equal(*(torch.autograd.grad(*pair)[0] for pair in zip(results, (shared, copied), strict=True)))
 
 
 @pytest.mark.parametrize("name", BACKENDS)

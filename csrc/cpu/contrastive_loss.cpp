@@ -1,6 +1,6 @@
-// contrastive_loss on the CPU: tiles of the matrix of logits, each made, used and forgotten. Forward, a tile moves
-// the online softmax of its rows and that of its columns; backward, the slopes in its logits go at once into
-// the gradients of both sides.
+// contrastive_loss on the CPU: tiles of the matrix of logits, each made, used and forgotten. Forward, a tile
+// moves the online softmax of its rows and that of its columns; backward, the slopes in its logits go at once
+// into the gradients of both sides.
 #include "simd/contrastive_loss.h"
 
 #include <cmath>
@@ -97,7 +97,8 @@ void each_tile(const Pairs<T>& pairs, const Products<T>& products, Range rows, R
   }
 }
 
-// Online softmaxes of the rows, or of the columns, each over the pairs of one block: max and sum of 2^(x - max).
+// Online softmaxes of the rows, or of the columns, each over the pairs of one block: max and sum of 2^(x -
+// max).
 template <class A>
 struct Softmaxes {
   Buffer<A> max, sum;  // [blocks, pairs]
@@ -317,7 +318,8 @@ class Worker {
 
 // lse is null for the sigmoid.
 template <class T, class A = typename wide<T>::type>
-Tensors backward(const Pairs<T>& pairs, A grad, A scale, A bias, const A* lse, const std::vector<bool>& needs) {
+Tensors backward(const Pairs<T>& pairs, A grad, A scale, A bias, const A* lse,
+                 const std::vector<bool>& needs) {
   const auto& kernels = contrastive_kernels<T>();
   const Gradient<T> d_a(pairs, needs[0]), d_b(pairs, needs[1]);
   const Buffer<A> present_lse(4, lse ? pairs.blocks * pairs.side : 0);  // the last panel may be filled up
@@ -328,8 +330,8 @@ Tensors backward(const Pairs<T>& pairs, A grad, A scale, A bias, const A* lse, c
     double weighted_and_all[2] = {0, 0};
   };
   std::vector<SumsOfSlopes> sums(pairs.blocks * pairs.blocks);
-  // The blocks of one step share no rows and no columns, so nobody else writes to their gradients, and each row
-  // of a gradient adds up in the same order always.
+  // The blocks of one step share no rows and no columns, so nobody else writes to their gradients, and each
+  // row of a gradient adds up in the same order always.
   const bool anything = needs[0] || needs[1] || needs[2] || (needs[3] && !lse);
   for (int64_t step = 0; anything && step < pairs.blocks; ++step)
     take_turns(pairs.blocks, 1, 3 * pairs.cost(), [&](auto take) {

@@ -162,9 +162,8 @@ def contrastive_loss(
     *,
     kind: str = "softmax",
     present: Tensor | None = None,
-    group: None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What tells each pair ``a[i], b[i]`` from all others, and how many pairs there are; see ``mmfast.ops``."""
+    """What tells pairs ``a[i], b[i]`` from all others, and how many there are; see ``mmfast.ops``."""
     wide = torch.float64 if a.dtype == torch.float64 else torch.float32
     n = a.shape[0]
     if present is None:

@@ -16,7 +16,9 @@ KINDS = ["softmax", "sigmoid"]
 SCALARS = ("logit_scale", "logit_bias")
 
 
-def example(pairs=21, features=24, *, problems=3, kind="softmax", bias=True, present=False, seed=0, grad=True):
+def example(
+    pairs=21, features=24, *, problems=3, kind="softmax", bias=True, present=False, seed=0, grad=True
+):
     """Arguments in float64 for several losses: of one alone, a rounding error may be next to nothing by luck."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -135,7 +137,9 @@ def test_rows_may_share_their_memory(name):
     copied = shared.detach().clone().requires_grad_()
     results = [on(name)(x, b, torch.ones(()))[0] for x in (shared, copied)]
     assert torch.equal(*results)
-    assert torch.equal(*(torch.autograd.grad(*pair)[0] for pair in zip(results, (shared, copied), strict=True)))
+    assert torch.equal(
+        *(torch.autograd.grad(*pair)[0] for pair in zip(results, (shared, copied), strict=True))
+    )
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -189,7 +193,9 @@ def test_no_pairs_and_none_present_lose_nothing(name, kind):
         arguments["present"] = torch.zeros(1, pairs, dtype=torch.bool)
         results = run(ours(name), arguments)
         assert all((value == 0).all() for value in results.values())
-        _, count = on(name)(arguments["a"][0], arguments["b"][0], torch.ones(()), present=arguments["present"][0])
+        _, count = on(name)(
+            arguments["a"][0], arguments["b"][0], torch.ones(()), present=arguments["present"][0]
+        )
         assert count == 0
 
 
@@ -254,7 +260,9 @@ def test_the_same_bits_every_time(name, kind):
 @pytest.mark.parametrize("name", KERNELS)
 def test_double_backward_is_refused(name):
     arguments = cast(example(problems=1), torch.float32)
-    (gradient,) = torch.autograd.grad(ours(name)(**arguments).square().sum(), arguments["a"], create_graph=True)
+    (gradient,) = torch.autograd.grad(
+        ours(name)(**arguments).square().sum(), arguments["a"], create_graph=True
+    )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 

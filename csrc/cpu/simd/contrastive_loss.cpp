@@ -17,8 +17,9 @@ Vec<T> at(const Acc<T>* s, int64_t i, int v) {
   return bits<Vec<T>>(s + i * COLUMNS<T> + v * lanes<T>, lanes<T>);
 }
 
-// Logits in units of ln 2, rounded alike everywhere. Without the maximum, which changes nothing, the compiler may
-// fuse the product with what is then subtracted from it, here and not there: weights near 1 would not reach 1.
+// Logits in units of ln 2, rounded alike everywhere. Without the maximum, which changes nothing, the compiler
+// may fuse the product with what is then subtracted from it, here and not there: weights near 1 would not
+// reach 1.
 template <class T>
 Vec<T> logits(Vec<T> s, Acc<T> scale) {
   return larger(Vec<T>{} - (sizeof(Acc<T>) == 8 ? Acc<T>(0x1p1023) : Acc<T>(0x1p127)), s * scale);
@@ -94,7 +95,8 @@ void softmax(const Acc<T>* s, int64_t rows, int64_t columns, Acc<T> scale, Acc<T
   of(s, rows, columns, scale, row_max, row_sum, column_max, column_sum);
 }
 
-// log(1 + u) for u from 0 to 1: u times the polynomial with the least relative error, 5e-9, for bfloat16 6e-5.
+// log(1 + u) for u from 0 to 1: u times the polynomial with the least relative error, 5e-9, for bfloat16
+// 6e-5.
 template <class T>
 Vec<T> log1p(Vec<T> u) {
   if constexpr (sizeof(T) == 8) {

@@ -1,5 +1,5 @@
-// Exponentials and maxima of vectors, for the files of this folder that make a softmax. In an unnamed namespace
-// as vectors.h is.
+// Exponentials and maxima of vectors, for the files of this folder that make a softmax. In an unnamed
+// namespace as vectors.h is.
 #pragma once
 
 #include "vectors.h"

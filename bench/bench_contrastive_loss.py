@@ -1,7 +1,7 @@
 """``contrastive_loss`` against what people write today: the whole matrix, then cross-entropy both ways.
 
-The peers: that in eager mode, and the same compiled; for the sigmoid loss, log-sigmoid of the whole matrix. In
-half precision their loss is made in float32, as autocast makes it.
+The peers: that in eager mode, and the same compiled; for the sigmoid loss, log-sigmoid of the whole matrix.
+Half precision's loss is made in float32 there, as autocast makes it.
 """
 
 import functools

@@ -21,16 +21,21 @@ from mmfast.kernels._tiles import load_tile
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)  # exponentials are powers of 2: one instruction
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
-# By the oldest compute capability they are for. No device tuned them yet.
+# By the oldest compute capability they are for: large ones that do not spill. No device tuned them yet.
 UNTUNED = {
     80: {
-        "loss.half": blocks(128, 128, 32, num_warps=8, num_stages=4),
+        "loss.half": blocks(128, 64, 32, num_warps=8, num_stages=4),
         "loss.tf32": blocks(128, 64, 32, num_warps=8, num_stages=3),
         "loss.ieee": blocks(64, 64, 16, num_warps=8, num_stages=2),
-        "gradient.half": {**blocks(64, 64, 64, num_warps=8, num_stages=2), "BLOCK_E": 256},
+        "gradient.half": {**blocks(64, 32, 32, num_warps=8, num_stages=2), "BLOCK_E": 128},
         "gradient.tf32": {**blocks(64, 32, 32, num_warps=8, num_stages=2), "BLOCK_E": 128},
         "gradient.ieee": {**blocks(32, 32, 16, num_warps=8, num_stages=1), "BLOCK_E": 64},
     },
+}
+UNTUNED[90] = {
+    **UNTUNED[80],
+    "loss.ieee": blocks(32, 64, 16, num_warps=8, num_stages=2),
+    "gradient.half": {**blocks(64, 32, 32, num_warps=8, num_stages=2), "BLOCK_E": 256},
 }
 
 

@@ -364,27 +364,9 @@ Tensors backward(const Pairs<T>& pairs, A grad, A scale, A bias, const A* lse,
   return made;
 }
 
-// run(zero of the type, cast) for a dtype; float16 goes through float32
-template <class F>
-Tensors by_type(ScalarType type, const F& run) {
-  const auto as_is = [](const auto& t) { return t; };
-  switch (type) {
-    case ScalarType::Float:
-      return run(float{}, as_is);
-    case ScalarType::Double:
-      return run(double{}, as_is);
-    case ScalarType::BFloat16:
-      return run(bf16{}, as_is);
-    case ScalarType::Half:
-      return run(float{}, [](const auto& t) { return cast(t, ScalarType::Float); });
-    default:
-      STD_TORCH_CHECK(false, "contrastive_loss: a's dtype is not supported");
-  }
-}
-
 Tensors contrastive_loss(Tensor a, Tensor b, Tensor logit_scale, Maybe logit_bias, std::string kind,
                          Maybe present) {
-  return by_type(a.scalar_type(), [&](auto zero, auto to) {
+  return by_type("contrastive_loss: a", a.scalar_type(), [&](auto zero, auto to) {
     using T = decltype(zero);
     using A = typename wide<T>::type;
     const Pairs<T> pairs(to(a), to(b), present);
@@ -396,7 +378,7 @@ Tensors contrastive_loss(Tensor a, Tensor b, Tensor logit_scale, Maybe logit_bia
 
 Tensors contrastive_loss_backward(Tensor grad, Tensor a, Tensor b, Tensor logit_scale, Maybe logit_bias,
                                   std::string kind, Maybe present, Maybe lse, std::vector<bool> needs) {
-  Tensors made = by_type(a.scalar_type(), [&](auto zero, auto to) {
+  Tensors made = by_type("contrastive_loss: a", a.scalar_type(), [&](auto zero, auto to) {
     using T = decltype(zero);
     using A = typename wide<T>::type;
     const Maybe whole = lse ? Maybe(torch::stable::contiguous(*lse)) : lse;

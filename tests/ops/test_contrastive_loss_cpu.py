@@ -26,8 +26,8 @@ def isa(request):
 def test_every_instruction_set_is_as_exact(isa, kind):
     """Pairs and features that fill no tile, blocks of which there are several, and what is absent between."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        check(ours("cpu"), MEANT, example(300, 70, kind=kind, present=True, problems=2), dtype)
-    check(ours("cpu"), MEANT, example(523, 128, kind=kind, problems=1), torch.float32)
+        check(ours("cpu"), MEANT, example(250, 70, kind=kind, present=True, problems=1), dtype)
+    check(ours("cpu"), MEANT, example(140, 64, kind=kind, problems=2), torch.float32)
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
@@ -64,7 +64,7 @@ def test_logits_may_be_of_any_size(isa, kind, scale):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_number_of_threads_is_as_exact_and_repeats_its_bits(kind):
-    arguments = cast(example(400, 33, kind=kind, present=True, problems=1), torch.float32)
+    arguments = cast(example(300, 33, kind=kind, present=True, problems=1), torch.float32)
     before = torch.get_num_threads()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -89,29 +89,27 @@ from mmfast.ops import backend, contrastive_loss
 def now(name): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1024
 torch.set_num_threads(2)
 def step(pairs):
-    a, b = torch.randn(2, pairs, 256, dtype=torch.DTYPE).unbind(0)
+    a, b = torch.randn(2, pairs, 256).unbind(0)
     a.requires_grad_(), b.requires_grad_()
     open("/proc/self/clear_refs", "w").write("5")
     before = now("VmRSS")
-    with backend("BACKEND"): contrastive_loss(a, b, torch.ones(()), kind="KIND")[0].backward()
+    with backend("BACKEND"): contrastive_loss(a, b, torch.ones(()))[0].backward()
     return now("VmHWM") - before
 step(64)
 print(step(4096))
 """
 
 
-def peak(name, kind, dtype="float32"):
-    code = PEAK.replace("BACKEND", name).replace("KIND", kind).replace("DTYPE", dtype)
-    return float(python(code))
+def peak(name):
+    return float(python(PEAK.replace("BACKEND", name)))
 
 
 @pytest.mark.memory
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_matrix_is_never_there(kind):
+def test_the_matrix_is_never_there():
     """[4096, 4096] in float32 is 64 MiB, the gradients 8 MiB; what a thread works with is below 3 MiB."""
-    assert peak("cpu", kind) < 8 + 10
+    assert peak("cpu") < 8 + 10
 
 
 @pytest.mark.memory
 def test_a_peer_that_makes_it_is_seen_to():
-    assert peak("reference", "softmax") > 128
+    assert peak("reference") > 128

@@ -79,7 +79,7 @@ def _inputs(
     generator = torch.Generator().manual_seed(seed)
     a, b, shared = torch.randn(3, pairs, FEATURES, generator=generator)
     sides = [F.normalize(x + shared / 3, dim=-1).to(device, dtype) for x in (a, b)]
-    scalars = [torch.tensor(value, device=device) for value in SCALES[kind]]
+    scalars = [torch.tensor(value, device=device, dtype=dtype) for value in SCALES[kind]]
     args = [t.requires_grad_(backward) for t in (*sides, *scalars[: 1 if kind == "softmax" else 2])]
     return (torch.tensor(1 / pairs, device=device), *args) if backward else tuple(args)
 

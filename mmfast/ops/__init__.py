@@ -3,6 +3,7 @@
 from mmfast.ops import reference
 from mmfast.ops._backend import available, backend, native_calls
 from mmfast.ops.concat_linear import concat_linear
+from mmfast.ops.contrastive_loss import contrastive_loss
 from mmfast.ops.cross_attention import cross_attention
 from mmfast.ops.group_norm import group_norm
 from mmfast.ops.reference import AttentionStats
@@ -12,6 +13,7 @@ __all__ = [
     "available",
     "backend",
     "concat_linear",
+    "contrastive_loss",
     "cross_attention",
     "group_norm",
     "native_calls",

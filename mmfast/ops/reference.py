@@ -152,3 +152,32 @@ def group_norm(
 def channels_last(x: Tensor) -> bool:
     """Whether ``[B, C, ...]`` lies dense in memory as ``[B, ..., C]``."""
     return x.movedim(1, -1).is_contiguous()
+
+
+def contrastive_loss(
+    a: Tensor,
+    b: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None = None,
+    *,
+    kind: str = "softmax",
+    present: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What tells pairs ``a[i], b[i]`` from all others, and how many there are; see ``mmfast.ops``."""
+    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+    n = a.shape[0]
+    if present is None:
+        present = torch.ones(n, dtype=torch.bool, device=a.device)
+    own = torch.eye(n, dtype=torch.bool, device=a.device)  # [N, N]
+    a, b = (torch.where(present[:, None], x, 0.0) for x in (a, b))
+    logits = (a @ b.mT).to(wide) * logit_scale.to(wide)  # [N, N]
+    if logit_bias is not None:
+        logits = logits + logit_bias.to(wide)
+    seen = present[:, None] & present
+    if kind == "softmax":
+        logits = torch.where(seen | own, logits, -torch.inf)  # an absent pair sees itself, and does not count
+        both = F.log_softmax(logits, 1).diagonal() + F.log_softmax(logits, 0).diagonal()
+        losses = torch.where(present, -both / 2, 0.0)
+    else:
+        losses = torch.where(seen, -F.logsigmoid(torch.where(own, logits, -logits)), 0.0)
+    return losses.sum(), present.sum()

@@ -28,7 +28,7 @@ class Compiled(NamedTuple):
 
 
 def compile_for(capability: int, kind: str) -> list[Compiled]:
-    """Every kernel of ``concat_linear`` and ``cross_attention`` for one GPU generation; kind is half, tf32 or ieee.
+    """Every kernel of every op for one GPU generation; kind is half, tf32 or ieee.
 
     Once with the untuned block sizes and once with each device's of that generation in the committed table.
     """
@@ -63,7 +63,11 @@ def compile_for(capability: int, kind: str) -> list[Compiled]:
     JITFunction.run = compile_only
     _launch.capability = lambda device: capability
     dtype = torch.bfloat16 if kind == "half" else torch.float32
-    for op, cases in (("concat_linear", concat_linear_cases), ("cross_attention", cross_attention_cases)):
+    for op, cases in (
+        ("concat_linear", concat_linear_cases),
+        ("contrastive_loss", contrastive_loss_cases),
+        ("cross_attention", cross_attention_cases),
+    ):
         entries = TABLE[op].values()
         tuned = [e for e in entries if e.get("capability") == capability and "triton" in e]
         for entry in [{}, *tuned]:
@@ -103,6 +107,24 @@ def concat_linear_cases(dtype):
     yield "pooled swiglu present", lambda: launch(mixed, 768, "swiglu", True, False)
     yield "norm gelu present", lambda: launch([(32, 196, 768), (32, 196, 128)], 768, "gelu", True, True)
     yield "few rows", lambda: launch([(32, 768), (32, 512)], 768, "none", True, False)
+
+
+def contrastive_loss_cases(dtype):
+    """Both losses, with and without presence, for features that fill whole blocks and that do not."""
+    import torch
+
+    from mmfast.kernels.contrastive_loss import contrastive_loss, contrastive_loss_backward
+
+    def launch(kind, features, present):
+        a, b = torch.empty(2, 500, features, dtype=dtype)
+        scale, bias = torch.empty(2)
+        args = a, b, scale, bias, kind, torch.ones(500, dtype=torch.bool) if present else None
+        loss, *lse = contrastive_loss(*args)
+        contrastive_loss_backward(loss, *args, *(lse or [None]), [True] * 4)
+
+    for kind in ("softmax", "sigmoid"):
+        yield f"{kind}", lambda kind=kind: launch(kind, 512, False)
+        yield f"{kind} present", lambda kind=kind: launch(kind, 500, True)
 
 
 def cross_attention_cases(dtype):

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from mmfast import ops
 from mmfast.bench import (
     bench_concat_linear,
+    bench_contrastive_loss,
     bench_cross_attention,
     bench_cross_attention_scaling,
     bench_group_norm,
@@ -26,6 +27,7 @@ from mmfast.train import TrainerConfig
 ROOT = Path(__file__).parents[2]
 PEERS = {
     bench_concat_linear: ["eager", "compiled", "split"],
+    bench_contrastive_loss: ["eager", "compiled"],
     bench_group_norm: ["eager", "copied", "compiled"],
     bench_cross_attention: ["sdpa", "cat", "merge", "flex"],
     bench_cross_attention_scaling: ["alone"],
@@ -43,6 +45,8 @@ def tiny(monkeypatch):
         for name, shapes in bench_concat_linear.MIXES.items()
     }
     monkeypatch.setattr(bench_concat_linear, "MIXES", mixes)
+    monkeypatch.setattr(bench_contrastive_loss, "PAIRS", 70)
+    monkeypatch.setattr(bench_contrastive_loss, "FEATURES", 24)
     monkeypatch.setattr(bench_group_norm, "SHAPES", ((2, 32, 3, 3), (2, 64, 2, 2)))
     small = {
         name: replace(mix, queries=7, keys=tuple(7 + k % 3 for k in mix.keys), heads=2, depth=16)

@@ -260,7 +260,8 @@ def test_the_forced_backend_really_runs(name):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_same_bits_every_time_and_with_any_number_of_threads(name):
-    shapes = ((20, 30, 70), (20, 30, 70), (20, 1, 70))
+    steps = 30 if name == "cpu" else 3
+    shapes = ((20, steps, 70), (20, steps, 70), (20, 1, 70))
     arguments = cast(example(shapes, present=True), torch.float32)
     before = torch.get_num_threads()
     results = []

@@ -1,5 +1,7 @@
 """The definition of every op in plain PyTorch. Every backend is tested against these, in float64."""
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -181,3 +183,38 @@ def contrastive_loss(
     else:
         losses = torch.where(seen, -F.logsigmoid(torch.where(own, logits, -logits)), 0.0)
     return losses.sum(), present.sum()
+
+
+def lowrank_fusion(
+    inputs: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    rank_weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    present: Tensor | None = None,
+) -> Tensor:
+    """``sum over r of rank_weight[r] * product over i of ([x_i, 1] @ factors_i[r])``; see ``mmfast.ops``."""
+    product = None
+    for i, (x, factor) in enumerate(zip(inputs, factors, strict=True)):
+        if present is not None:
+            x = torch.where(present[:, i, None], x, 0.0)
+        projected = torch.cat([x, x.new_ones(len(x), 1)], 1) @ factor  # [R, B, O]
+        if present is not None:  # an absent modality's factor is 1
+            projected = torch.where(present[:, i, None], projected, 1.0)
+        product = projected if product is None else product * projected
+    out = torch.einsum("r,rbo->bo", rank_weight, product)
+    return out if bias is None else out + bias
+
+
+def weighted_fusion(inputs: Sequence[Tensor], logits: Tensor, *, present: Tensor | None = None) -> Tensor:
+    """``sum over i of softmax(logits)_i * inputs_i`` over what is there; see ``mmfast.ops``."""
+    if present is not None:
+        lead = torch.broadcast_shapes(logits.shape[:-1], *[x.shape[:-1] for x in inputs])
+        seen = present.view(-1, *[1] * (len(lead) - 1), len(inputs))  # [B, 1 ..., n]
+        inputs = [torch.where(seen[..., i, None], x, 0.0) for i, x in enumerate(inputs)]
+        logits = torch.where(seen, logits, -torch.inf)
+        logits = torch.where(seen.any(-1, keepdim=True), logits, 0.0)  # a softmax over nothing is nan
+    weights = logits.softmax(-1)  # [..., n]
+    if present is not None:
+        weights = torch.where(seen, weights, 0.0)
+    return functools.reduce(operator.add, [weights[..., i, None] * x for i, x in enumerate(inputs)])

@@ -18,7 +18,9 @@ from mmfast.bench import (
     bench_cross_attention,
     bench_cross_attention_scaling,
     bench_group_norm,
+    bench_lowrank_fusion,
     bench_training_step,
+    bench_weighted_fusion,
 )
 from mmfast.bench.measure import measure
 from mmfast.bench.report import Record
@@ -29,6 +31,8 @@ PEERS = {
     bench_concat_linear: ["eager", "compiled", "split"],
     bench_contrastive_loss: ["eager", "compiled"],
     bench_group_norm: ["eager", "copied", "compiled"],
+    bench_lowrank_fusion: ["published", "compiled", "gemm"],
+    bench_weighted_fusion: ["stacked", "compiled", "terms"],
     bench_cross_attention: ["sdpa", "cat", "merge", "flex"],
     bench_cross_attention_scaling: ["alone"],
     bench_training_step: ["mmfast eager", "mmfast float32", "stock", "stock compiled", "stock bfloat16"],
@@ -48,6 +52,9 @@ def tiny(monkeypatch):
     monkeypatch.setattr(bench_contrastive_loss, "PAIRS", 70)
     monkeypatch.setattr(bench_contrastive_loss, "FEATURES", 24)
     monkeypatch.setattr(bench_group_norm, "SHAPES", ((2, 32, 3, 3), (2, 64, 2, 2)))
+    ranked = {name: (6, (5, 3, 2), 2, 4) for name in bench_lowrank_fusion.SHAPES}
+    monkeypatch.setattr(bench_lowrank_fusion, "SHAPES", ranked)
+    monkeypatch.setattr(bench_weighted_fusion, "SHAPES", {"vectors": (6, 5), "sequences": (6, 3, 5)})
     small = {
         name: replace(mix, queries=7, keys=tuple(7 + k % 3 for k in mix.keys), heads=2, depth=16)
         for name, mix in bench_cross_attention.MIXES.items()

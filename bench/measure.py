@@ -48,6 +48,7 @@ class Work:
     flops: float = 0.0  # of the work that is visible, multiply and add counted as two
     required: Mapping[str, float] = field(default_factory=dict)  # peer -> the ratio that DESIGN asks for
     sets: int = 3  # different inputs, taken in rotation
+    rounds: tuple[int, int] = (15, 101)  # that are taken, at least and at most
     computed_in: Mapping[str, torch.dtype] = field(default_factory=dict)  # variant -> if not in ``dtype``
     samples: int = 0  # in one call, where samples/s are wanted
     weigh: Callable[[str], int] | None = None  # variant -> its ``peak_bytes``
@@ -120,11 +121,11 @@ def check(
                 raise WrongOutputError(f"{name}: output {i} is off by {error:.3g}, allowed are {allowed:.3g}")
 
 
-def measure(work: Work, *, seconds: float = 10.0, rounds: tuple[int, int] = (15, 101)) -> Result:
+def measure(work: Work, *, seconds: float = 10.0, rounds: tuple[int, int] | None = None) -> Result:
     """Checks every variant on every set of inputs, then times all of them in turn for about ``seconds``.
 
     Each round takes one sample of every variant, in a random order, on the same inputs; their number stays
-    within ``rounds``. Raises ``WrongOutputError`` before any time is taken.
+    within ``rounds``, by default the work's own. Raises ``WrongOutputError`` before any time is taken.
     """
     sets = [work.inputs(seed) for seed in range(work.sets)]
     for args in sets:  # this also compiles and warms up
@@ -141,7 +142,8 @@ def measure(work: Work, *, seconds: float = 10.0, rounds: tuple[int, int] = (15,
 
     pilot = {v: min(sample(v, 0, len(sets)) for _ in range(2)) for v in work.variants}
     calls = math.ceil(SHORTEST / min(pilot.values()))
-    count = min(max(int(seconds / (calls * sum(pilot.values()))), rounds[0]), rounds[1])
+    least, most = rounds or work.rounds
+    count = min(max(int(seconds / (calls * sum(pilot.values()))), least), most)
     taken: dict[str, list[float]] = {v: [] for v in work.variants}
     shuffle = random.Random(0)
     for number in range(count):

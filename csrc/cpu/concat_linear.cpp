@@ -113,26 +113,13 @@ Tensors forward(const Tensors& inputs, const Tensor& weight, const Maybe& bias_,
 Tensors concat_linear(Tensors inputs, Tensor weight, Maybe bias, Maybe present,
                       std::optional<double> norm_eps, Maybe norm_weight, Maybe norm_bias,
                       std::string activation, Maybe residual, Maybe gate, bool save) {
-  const auto run = [&](auto zero, auto to) {
+  const ScalarType type = weight.scalar_type();
+  Tensors made = by_type("concat_linear: weight", type, [&](auto zero, auto to) {
     return forward<decltype(zero)>(to(inputs), to(weight), to(bias), present, norm_eps, to(norm_weight),
                                    to(norm_bias), activation_of(activation), to(residual), to(gate), save);
-  };
-  const auto as_is = [](const auto& t) { return t; };
-  switch (weight.scalar_type()) {
-    case ScalarType::Float:
-      return run(float{}, as_is);
-    case ScalarType::Double:
-      return run(double{}, as_is);
-    case ScalarType::BFloat16:
-      return run(bf16{}, as_is);
-    case ScalarType::Half: {
-      Tensors made = run(float{}, [](const auto& t) { return cast(t, ScalarType::Float); });
-      for (int i = 0; i <= save; ++i) made[i] = cast(made[i], ScalarType::Half);
-      return made;
-    }
-    default:
-      STD_TORCH_CHECK(false, "concat_linear: weight's dtype is not supported");
-  }
+  });
+  for (int i = 0; type == ScalarType::Half && i <= save; ++i) made[i] = cast(made[i], type);
+  return made;
 }
 
 }  // namespace

@@ -266,24 +266,13 @@ Tensors concat_linear_backward(Tensor grad, Tensors inputs, Tensor weight, Maybe
                                std::optional<double> norm_eps, Maybe norm_weight, Maybe norm_bias,
                                std::string activation, Maybe gate, Maybe preact, Maybe mean, Maybe rstd,
                                std::vector<bool> needs) {
-  const auto run = [&](auto zero, auto to) {
+  const ScalarType type = weight.scalar_type();
+  const Tensors made = by_type("concat_linear: weight", type, [&](auto zero, auto to) {
     return backward<decltype(zero)>(to(grad), to(inputs), to(weight), present, norm_eps, to(norm_weight),
                                     to(norm_bias), activation_of(activation), to(gate), to(preact), mean,
                                     rstd, needs);
-  };
-  const auto as_is = [](const auto& t) { return t; };
-  switch (weight.scalar_type()) {
-    case ScalarType::Float:
-      return run(float{}, as_is);
-    case ScalarType::Double:
-      return run(double{}, as_is);
-    case ScalarType::BFloat16:
-      return run(bf16{}, as_is);
-    case ScalarType::Half:
-      return cast(run(float{}, [](const auto& t) { return cast(t, ScalarType::Float); }), ScalarType::Half);
-    default:
-      STD_TORCH_CHECK(false, "concat_linear: weight's dtype is not supported");
-  }
+  });
+  return type == ScalarType::Half ? cast(made, type) : made;
 }
 
 }  // namespace

@@ -200,7 +200,7 @@ Tensors cross_attention(Tensor query, Tensors keys, Tensors values, MaybeTensors
                         Maybe present, std::vector<bool> causal, Maybe source_bias,
                         std::optional<double> scale, bool mass) {
   const ScalarType type = query.scalar_type();
-  Tensors made = by_type(type, [&](auto zero, auto to) {
+  Tensors made = by_type("cross_attention: query", type, [&](auto zero, auto to) {
     return forward<decltype(zero)>(
         {to(query), to(keys), to(values), lengths, masks, present, causal, source_bias, scale, mass}, mass);
   });

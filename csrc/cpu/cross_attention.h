@@ -422,22 +422,4 @@ class RowSums {
 template <class T>
 constexpr int64_t FEW_ROWS = 4 * sizeof(T);
 
-// calls run(zero of the type, cast) for a dtype; float16 goes through float32
-template <class F>
-Tensors by_type(ScalarType type, F run) {
-  const auto as_is = [](const auto& t) { return t; };
-  switch (type) {
-    case ScalarType::Float:
-      return run(float{}, as_is);
-    case ScalarType::Double:
-      return run(double{}, as_is);
-    case ScalarType::BFloat16:
-      return run(bf16{}, as_is);
-    case ScalarType::Half:
-      return run(float{}, [](const auto& t) { return cast(t, ScalarType::Float); });
-    default:
-      STD_TORCH_CHECK(false, "cross_attention: query's dtype is not supported");
-  }
-}
-
 }  // namespace mmfast

@@ -330,7 +330,7 @@ Tensors cross_attention_backward(Tensor grad, Maybe grad_lse, Tensor query, Tens
                                  std::vector<bool> causal, Maybe source_bias, std::optional<double> scale,
                                  Tensor out, Tensor lse, std::vector<bool> needs) {
   const ScalarType type = query.scalar_type();
-  Tensors made = by_type(type, [&](auto zero, auto to) {
+  Tensors made = by_type("cross_attention: query", type, [&](auto zero, auto to) {
     return backward<decltype(zero)>(
         {to(query), to(keys), to(values), lengths, masks, present, causal, source_bias, scale, false},
         to(grad), grad_lse, to(torch::stable::contiguous(out)), torch::stable::contiguous(lse), needs);

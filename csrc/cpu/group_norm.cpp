@@ -241,26 +241,9 @@ Tensors backward(const Tensor& grad_, const Tensor& input, int64_t groups, const
   return made;
 }
 
-template <class F>
-Tensors by_type(ScalarType type, const F& run) {
-  const auto as_is = [](const auto& t) { return t; };
-  switch (type) {
-    case ScalarType::Float:
-      return run(float{}, as_is);
-    case ScalarType::Double:
-      return run(double{}, as_is);
-    case ScalarType::BFloat16:
-      return run(bf16{}, as_is);
-    case ScalarType::Half:
-      return run(float{}, [](const auto& t) { return cast(t, ScalarType::Float); });
-    default:
-      STD_TORCH_CHECK(false, "group_norm: input's dtype is not supported");
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor> group_norm(Tensor input, int64_t groups, Maybe weight, Maybe bias,
                                               double eps, std::string activation, Maybe residual) {
-  const Tensors r = by_type(input.scalar_type(), [&](auto zero, auto to) {
+  const Tensors r = by_type("group_norm: input", input.scalar_type(), [&](auto zero, auto to) {
     return forward<decltype(zero)>(to(input), groups, to(weight), to(bias), eps, activation == "relu",
                                    to(residual));
   });
@@ -269,7 +252,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm(Tensor input, int64_t groups, Mayb
 
 Tensors group_norm_backward(Tensor grad, Tensor input, int64_t groups, Maybe weight, std::string activation,
                             Tensor out, Tensor mean, Tensor rstd, std::vector<bool> needs) {
-  const Tensors r = by_type(input.scalar_type(), [&](auto zero, auto to) {
+  const Tensors r = by_type("group_norm: input", input.scalar_type(), [&](auto zero, auto to) {
     return backward<decltype(zero)>(to(grad), to(input), groups, to(weight), activation == "relu", to(out),
                                     mean, rstd, needs);
   });

@@ -49,4 +49,22 @@ inline Tensors cast(const Tensors& ts, ScalarType type) {
   return out;
 }
 
+// Calls run(zero of the type, cast) for a dtype; `what` has it.
+template <class F>
+Tensors by_type(const char* what, ScalarType type, const F& run) {
+  const auto as_is = [](const auto& t) { return t; };
+  switch (type) {
+    case ScalarType::Float:
+      return run(float{}, as_is);
+    case ScalarType::Double:
+      return run(double{}, as_is);
+    case ScalarType::BFloat16:
+      return run(bf16{}, as_is);
+    case ScalarType::Half:
+      return run(float{}, [](const auto& t) { return cast(t, ScalarType::Float); });
+    default:
+      STD_TORCH_CHECK(false, what, "'s dtype is not supported");
+  }
+}
+
 }  // namespace mmfast

@@ -13,9 +13,19 @@ from torch import nn
 from mmfast.data.modality import Modality
 from mmfast.errors import UserError
 from mmfast.models.audio import AudioEncoder
-from mmfast.models.fusion import AttentionFusion, ConcatFusion
+from mmfast.models.fusion import AttentionFusion, PooledFusion, SequenceFusion
 from mmfast.models.image import ImageEncoder
 from mmfast.models.text import TextEncoder
+from mmfast.nn import (
+    BottleneckFusion,
+    ConcatLinear,
+    GatedFusion,
+    LowRankFusion,
+    PairwiseFusion,
+    WeightedFusion,
+)
+
+ACTIVATIONS = ("relu", "gelu", "silu", "none")
 
 
 class EncoderConfig(ABC):
@@ -119,12 +129,11 @@ class Concat(FusionConfig):
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         _positive(self, dim=self.dim)
-        if self.activation not in ("relu", "gelu", "silu", "none"):
-            raise UserError(f"Concat.activation: got {self.activation!r}, wanted relu, gelu, silu or none")
+        _check_activation(self, self.activation)
 
     def build(self, dims: Mapping[str, int]) -> nn.Module:
         """The fusion of sequences of these widths."""
-        return ConcatFusion(dims, self.dim, self.activation)
+        return PooledFusion(ConcatLinear(list(dims.values()), self.dim, activation=self.activation), self.dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +160,125 @@ class Attention(FusionConfig):
     def build(self, dims: Mapping[str, int]) -> nn.Module:
         """The fusion of sequences of these widths."""
         return AttentionFusion(dims, self.dim, self.heads, self.queries, self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighted(FusionConfig):
+    """Masked mean of each modality, then a weighted mean of these: ``mmfast.nn.WeightedFusion``.
+
+    Attributes:
+        dim: width of the fused vector.
+        activation: "relu", "gelu", "silu" or "none".
+    """
+
+    dim: int = 256
+    activation: str = "gelu"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        _positive(self, dim=self.dim)
+        _check_activation(self, self.activation)
+
+    def build(self, dims: Mapping[str, int]) -> nn.Module:
+        """The fusion of sequences of these widths."""
+        return PooledFusion(
+            WeightedFusion(list(dims.values()), self.dim, activation=self.activation), self.dim
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gated(FusionConfig):
+    """Masked mean of each modality, then gates that all of them set: ``mmfast.nn.GatedFusion``.
+
+    Attributes:
+        dim: width of the fused vector.
+    """
+
+    dim: int = 256
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        _positive(self, dim=self.dim)
+
+    def build(self, dims: Mapping[str, int]) -> nn.Module:
+        """The fusion of sequences of these widths."""
+        return PooledFusion(GatedFusion(list(dims.values()), self.dim), self.dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(FusionConfig):
+    """Masked mean of each modality, then their tensor product: ``mmfast.nn.LowRankFusion``.
+
+    Attributes:
+        dim: width of the fused vector.
+        rank: of the weight that the product is multiplied with.
+    """
+
+    dim: int = 256
+    rank: int = 4
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        _positive(self, dim=self.dim, rank=self.rank)
+
+    def build(self, dims: Mapping[str, int]) -> nn.Module:
+        """The fusion of sequences of these widths."""
+        return PooledFusion(LowRankFusion(list(dims.values()), self.dim, self.rank), self.dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bottleneck(FusionConfig):
+    """A Transformer for each modality, all of which share a few tokens: ``mmfast.nn.BottleneckFusion``.
+
+    Attributes:
+        dim: width of the tokens and of the fused vector.
+        heads: of the attention; must divide ``dim``.
+        bottlenecks: how many tokens are shared.
+        layers: how many layers each modality goes through.
+    """
+
+    dim: int = 256
+    heads: int = 4
+    bottlenecks: int = 4
+    layers: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        _positive(self, bottlenecks=self.bottlenecks)
+        _check_transformer(self, self.dim, self.layers, self.heads)
+
+    def build(self, dims: Mapping[str, int]) -> nn.Module:
+        """The fusion of sequences of these widths."""
+        layer = BottleneckFusion(
+            self.dim, self.heads, dims, num_bottlenecks=self.bottlenecks, depth=self.layers
+        )
+        return SequenceFusion(layer, self.dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairwise(FusionConfig):
+    """Every ordered pair of modalities interacts by attention: ``mmfast.nn.PairwiseFusion``.
+
+    Attributes:
+        dim: width of the attention and of the fused vector.
+        heads: of the attention; must divide ``dim``.
+        activation: "relu", "gelu", "silu" or "none", of the layer that combines the pairs.
+    """
+
+    dim: int = 256
+    heads: int = 4
+    activation: str = "gelu"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        _check_transformer(self, self.dim, 1, self.heads)
+        _check_activation(self, self.activation)
+
+    def build(self, dims: Mapping[str, int]) -> nn.Module:
+        """The fusion of sequences of these widths."""
+        return SequenceFusion(
+            PairwiseFusion(self.dim, self.heads, dims, activation=self.activation), self.dim
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +317,12 @@ def _positive(config: object, **values: int) -> None:
     for name, value in values.items():
         if value <= 0:
             raise UserError(f"{type(config).__name__}.{name}: got {value}, wanted more than 0")
+
+
+def _check_activation(config: object, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        name = type(config).__name__
+        raise UserError(f"{name}.activation: got {activation!r}, wanted relu, gelu, silu or none")
 
 
 def _check_transformer(config: object, dim: int, layers: int, heads: int) -> None:

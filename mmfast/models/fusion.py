@@ -11,25 +11,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfast.nn import ConcatLinear, CrossModalBlock
+from mmfast.nn import CrossModalBlock
 from mmfast.nn.masking import masked_mean
 
 Features = dict[str, tuple[Tensor, Tensor]]
 
 
-class ConcatFusion(nn.Module):
-    """Masked mean of each modality, then ``activation(cat(means) @ weight.T + bias)`` without the ``cat``."""
+class PooledFusion(nn.Module):
+    """Masked mean of each modality, then a layer over these vectors, such as ``mmfast.nn.ConcatLinear``."""
 
-    def __init__(self, dims: Mapping[str, int], dim: int, activation: str) -> None:
-        """``dims``: width of each modality's sequence; ``dim``: of the fused vector."""
+    def __init__(self, project: nn.Module, dim: int) -> None:
+        """``project``: its ``forward(means, present=present)`` makes the fused vector, of width ``dim``."""
         super().__init__()
         self.dim = dim
-        self.project = ConcatLinear(list(dims.values()), dim, activation=activation)
+        self.project = project
 
     def forward(self, features: Features, present: Tensor) -> Tensor:
-        """``{name: ([B, T, D], [B])}``, bool [B, n] -> [B, dim]; with nothing present the bias alone."""
+        """``{name: ([B, T, D], [B])}``, bool [B, n] -> [B, dim]."""
         means = [masked_mean(sequence, lengths) for sequence, lengths in features.values()]
-        return self.project(means, present=present)
+        fused: Tensor = self.project(means, present=present)
+        return fused
+
+
+class SequenceFusion(nn.Module):
+    """A layer over whole sequences that gives a vector, such as ``mmfast.nn.BottleneckFusion``."""
+
+    def __init__(self, layer: nn.Module, dim: int) -> None:
+        """``layer``: its ``forward(sequences, lengths=…, present=…)`` makes the vector, of width ``dim``."""
+        super().__init__()
+        self.dim = dim
+        self.layer = layer
+
+    def forward(self, features: Features, present: Tensor) -> Tensor:
+        """``{name: ([B, T, D], [B])}``, bool [B, n] -> [B, dim]."""
+        sequences = {name: sequence for name, (sequence, _) in features.items()}
+        lengths = {name: length for name, (_, length) in features.items()}
+        fused: Tensor = self.layer(sequences, lengths=lengths, present=present)
+        return fused
 
 
 class AttentionFusion(nn.Module):

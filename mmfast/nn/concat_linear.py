@@ -85,6 +85,27 @@ class ConcatLinear(nn.Module):
         if self.gate is not None:
             nn.init.zeros_(self.gate)
 
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, in_features: Sequence[int]) -> "ConcatLinear":
+        """The layer that gives ``linear(torch.cat(inputs, -1))``, with copies of its weights.
+
+        Args:
+            linear: takes the concatenation.
+            in_features: ``D_i`` of each of its parts.
+
+        Raises:
+            ValueError: the parts do not add up to what ``linear`` takes.
+        """
+        if sum(in_features) != linear.in_features:
+            parts = " + ".join(map(str, in_features))
+            raise ValueError(f"from_linear: in_features is {parts}, wanted a sum of {linear.in_features}")
+        weight, bias = linear.weight, linear.bias
+        layer = cls(
+            in_features, linear.out_features, bias is not None, device=weight.device, dtype=weight.dtype
+        )
+        layer.load_state_dict(linear.state_dict())
+        return layer.train(linear.training)
+
     def forward(
         self, inputs: Sequence[Tensor], *, present: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:

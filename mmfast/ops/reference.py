@@ -1,5 +1,7 @@
 """The definition of every op in plain PyTorch. Every backend is tested against these, in float64."""
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -152,3 +154,67 @@ def group_norm(
 def channels_last(x: Tensor) -> bool:
     """Whether ``[B, C, ...]`` lies dense in memory as ``[B, ..., C]``."""
     return x.movedim(1, -1).is_contiguous()
+
+
+def contrastive_loss(
+    a: Tensor,
+    b: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None = None,
+    *,
+    kind: str = "softmax",
+    present: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What tells pairs ``a[i], b[i]`` from all others, and how many there are; see ``mmfast.ops``."""
+    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+    n = a.shape[0]
+    if present is None:
+        present = torch.ones(n, dtype=torch.bool, device=a.device)
+    own = torch.eye(n, dtype=torch.bool, device=a.device)  # [N, N]
+    a, b = (torch.where(present[:, None], x, 0.0) for x in (a, b))
+    logits = (a @ b.mT).to(wide) * logit_scale.to(wide)  # [N, N]
+    if logit_bias is not None:
+        logits = logits + logit_bias.to(wide)
+    seen = present[:, None] & present
+    if kind == "softmax":
+        logits = torch.where(seen | own, logits, -torch.inf)  # an absent pair sees itself, and does not count
+        both = F.log_softmax(logits, 1).diagonal() + F.log_softmax(logits, 0).diagonal()
+        losses = torch.where(present, -both / 2, 0.0)
+    else:
+        losses = torch.where(seen, -F.logsigmoid(torch.where(own, logits, -logits)), 0.0)
+    return losses.sum(), present.sum()
+
+
+def lowrank_fusion(
+    inputs: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    rank_weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    present: Tensor | None = None,
+) -> Tensor:
+    """``sum over r of rank_weight[r] * product over i of ([x_i, 1] @ factors_i[r])``; see ``mmfast.ops``."""
+    product = None
+    for i, (x, factor) in enumerate(zip(inputs, factors, strict=True)):
+        if present is not None:
+            x = torch.where(present[:, i, None], x, 0.0)
+        projected = torch.cat([x, x.new_ones(len(x), 1)], 1) @ factor  # [R, B, O]
+        if present is not None:  # an absent modality's factor is 1
+            projected = torch.where(present[:, i, None], projected, 1.0)
+        product = projected if product is None else product * projected
+    out = torch.einsum("r,rbo->bo", rank_weight, product)
+    return out if bias is None else out + bias
+
+
+def weighted_fusion(inputs: Sequence[Tensor], logits: Tensor, *, present: Tensor | None = None) -> Tensor:
+    """``sum over i of softmax(logits)_i * inputs_i`` over what is there; see ``mmfast.ops``."""
+    if present is not None:
+        lead = torch.broadcast_shapes(logits.shape[:-1], *[x.shape[:-1] for x in inputs])
+        seen = present.view(-1, *[1] * (len(lead) - 1), len(inputs))  # [B, 1 ..., n]
+        inputs = [torch.where(seen[..., i, None], x, 0.0) for i, x in enumerate(inputs)]
+        logits = torch.where(seen, logits, -torch.inf)
+        logits = torch.where(seen.any(-1, keepdim=True), logits, 0.0)  # a softmax over nothing is nan
+    weights = logits.softmax(-1)  # [..., n]
+    if present is not None:
+        weights = torch.where(seen, weights, 0.0)
+    return functools.reduce(operator.add, [weights[..., i, None] * x for i, x in enumerate(inputs)])

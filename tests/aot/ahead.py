@@ -28,7 +28,7 @@ class Compiled(NamedTuple):
 
 
 def compile_for(capability: int, kind: str) -> list[Compiled]:
-    """Every kernel of ``concat_linear`` and ``cross_attention`` for one GPU generation; kind is half, tf32 or ieee.
+    """Every Triton kernel for one GPU generation; kind is half, tf32 or ieee.
 
     Once with the untuned block sizes and once with each device's of that generation in the committed table.
     """
@@ -63,7 +63,13 @@ def compile_for(capability: int, kind: str) -> list[Compiled]:
     JITFunction.run = compile_only
     _launch.capability = lambda device: capability
     dtype = torch.bfloat16 if kind == "half" else torch.float32
-    for op, cases in (("concat_linear", concat_linear_cases), ("cross_attention", cross_attention_cases)):
+    for op, cases in (
+        ("concat_linear", concat_linear_cases),
+        ("contrastive_loss", contrastive_loss_cases),
+        ("cross_attention", cross_attention_cases),
+        ("lowrank_fusion", lowrank_fusion_cases),
+        ("weighted_fusion", weighted_fusion_cases),
+    ):
         entries = TABLE[op].values()
         tuned = [e for e in entries if e.get("capability") == capability and "triton" in e]
         for entry in [{}, *tuned]:
@@ -103,6 +109,24 @@ def concat_linear_cases(dtype):
     yield "pooled swiglu present", lambda: launch(mixed, 768, "swiglu", True, False)
     yield "norm gelu present", lambda: launch([(32, 196, 768), (32, 196, 128)], 768, "gelu", True, True)
     yield "few rows", lambda: launch([(32, 768), (32, 512)], 768, "none", True, False)
+
+
+def contrastive_loss_cases(dtype):
+    """Both losses, with and without presence, for features that fill whole blocks and that do not."""
+    import torch
+
+    from mmfast.kernels.contrastive_loss import contrastive_loss, contrastive_loss_backward
+
+    def launch(kind, features, present):
+        a, b = torch.empty(2, 500, features, dtype=dtype)
+        scale, bias = torch.empty(2)
+        args = a, b, scale, bias, kind, torch.ones(500, dtype=torch.bool) if present else None
+        loss, *lse = contrastive_loss(*args)
+        contrastive_loss_backward(loss, *args, *(lse or [None]), [True] * 4)
+
+    for kind in ("softmax", "sigmoid"):
+        yield f"{kind}", lambda kind=kind: launch(kind, 512, False)
+        yield f"{kind} present", lambda kind=kind: launch(kind, 500, True)
 
 
 def cross_attention_cases(dtype):
@@ -147,6 +171,40 @@ def cross_attention_cases(dtype):
     yield "depth 128, lengths and presence", lambda: launch(128, 4, lengths=True, present=2, bias=True)
     yield "depth 64, one source, split", lambda: launch(64, 1, split=True)
     yield "depth 128, everything, split", lambda: launch(128, 4, **everything, split=True)
+
+
+def lowrank_fusion_cases(dtype):
+    """Three modalities, with all that can be asked for and with next to nothing."""
+    import torch
+
+    from mmfast.kernels.lowrank_fusion import lowrank_fusion, lowrank_fusion_backward
+
+    def launch(present, save):
+        inputs = [torch.empty(256, depth, dtype=dtype) for depth in (768, 512, 128)]
+        factors = [torch.empty(4, x.shape[1] + 1, 128, dtype=dtype) for x in inputs]
+        rank_weight, bias = torch.empty(4, dtype=dtype), torch.empty(128, dtype=dtype)
+        seen = torch.ones(256, 3, dtype=torch.bool) if present else None
+        out, *kept = lowrank_fusion(inputs, factors, rank_weight, bias, seen, save)
+        if save:
+            lowrank_fusion_backward(out, inputs, factors, rank_weight, seen, *kept, [True] * 8)
+
+    yield "low rank, present", lambda: launch(True, True)
+    yield "low rank, forward", lambda: launch(False, False)
+
+
+def weighted_fusion_cases(dtype):
+    """A source for each row beside a broadcast one, with weights for each row and absence."""
+    import torch
+
+    from mmfast.kernels.weighted_fusion import weighted_fusion, weighted_fusion_backward
+
+    def launch():
+        inputs = [torch.empty(32, steps, 768, dtype=dtype) for steps in (196, 196, 1)]
+        logits, seen = torch.empty(32, 1, 3, dtype=dtype), torch.ones(32, 3, dtype=torch.bool)
+        out = weighted_fusion(inputs, logits, seen)
+        weighted_fusion_backward(out, inputs, logits, seen, [True] * 4)
+
+    yield "weighted", launch
 
 
 def report(kernel, case: str, capability: int, kind: str) -> Compiled:

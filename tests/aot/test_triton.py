@@ -9,6 +9,8 @@ from ahead import SHARED_MEMORY, Compiled, compile_for
 KINDS = ("half", "tf32", "ieee")
 LINEAR = {"forward_kernel", "grad_input_kernel", "grad_weight_kernel"}
 ATTENTION = {"forward_kernel", "grad_query_kernel", "grad_source_kernel"}
+CONTRASTIVE = {"loss_kernel", "gradient_kernel"}
+LOWRANK = {"product_kernel"}
 TENSOR_CORE = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 
 # (kernel, case, capability, kind) of each spill that is accepted. Exact float32 has no tensor core, and for it each
@@ -40,6 +42,11 @@ def test_every_kernel_is_compiled_for_every_generation_and_precision(compiled):
         "delta_kernel",
         *ATTENTION,
         "combine_kernel",
+        *CONTRASTIVE,
+        *LOWRANK,
+        "grad_factors_kernel",
+        "mix_kernel",
+        "grad_mix_kernel",
     }
     for capability in SHARED_MEMORY:
         for kind in KINDS:
@@ -56,7 +63,7 @@ def test_every_kernel_fits_into_shared_memory(compiled):
 
 def test_matrix_products_run_on_tensor_cores_and_exact_float32_does_not(compiled):
     for c in compiled:
-        if c.kernel in LINEAR | ATTENTION:
+        if c.kernel in LINEAR | ATTENTION | CONTRASTIVE | LOWRANK:
             assert bool(c.instructions) == (c.kind != "ieee"), c
 
 

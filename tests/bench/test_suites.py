@@ -14,10 +14,13 @@ import torch.distributed as dist
 from mmfast import ops
 from mmfast.bench import (
     bench_concat_linear,
+    bench_contrastive_loss,
     bench_cross_attention,
     bench_cross_attention_scaling,
     bench_group_norm,
+    bench_lowrank_fusion,
     bench_training_step,
+    bench_weighted_fusion,
 )
 from mmfast.bench.measure import measure
 from mmfast.bench.report import Record
@@ -26,7 +29,10 @@ from mmfast.train import TrainerConfig
 ROOT = Path(__file__).parents[2]
 PEERS = {
     bench_concat_linear: ["eager", "compiled", "split"],
+    bench_contrastive_loss: ["eager", "compiled"],
     bench_group_norm: ["eager", "copied", "compiled"],
+    bench_lowrank_fusion: ["published", "compiled", "gemm"],
+    bench_weighted_fusion: ["stacked", "compiled", "terms"],
     bench_cross_attention: ["sdpa", "cat", "merge", "flex"],
     bench_cross_attention_scaling: ["alone"],
     bench_training_step: ["mmfast eager", "mmfast float32", "stock", "stock compiled", "stock bfloat16"],
@@ -43,7 +49,12 @@ def tiny(monkeypatch):
         for name, shapes in bench_concat_linear.MIXES.items()
     }
     monkeypatch.setattr(bench_concat_linear, "MIXES", mixes)
+    monkeypatch.setattr(bench_contrastive_loss, "PAIRS", 70)
+    monkeypatch.setattr(bench_contrastive_loss, "FEATURES", 24)
     monkeypatch.setattr(bench_group_norm, "SHAPES", ((2, 32, 3, 3), (2, 64, 2, 2)))
+    ranked = {name: (6, (5, 3, 2), 2, 4) for name in bench_lowrank_fusion.SHAPES}
+    monkeypatch.setattr(bench_lowrank_fusion, "SHAPES", ranked)
+    monkeypatch.setattr(bench_weighted_fusion, "SHAPES", {"vectors": (6, 5), "sequences": (6, 3, 5)})
     small = {
         name: replace(mix, queries=7, keys=tuple(7 + k % 3 for k in mix.keys), heads=2, depth=16)
         for name, mix in bench_cross_attention.MIXES.items()

@@ -1,0 +1,400 @@
+// contrastive_loss on the CPU: tiles of the matrix of logits, each made, used and forgotten. Forward, a tile
+// moves the online softmax of its rows and that of its columns; backward, the slopes in its logits go at once
+// into the gradients of both sides.
+#include "simd/contrastive_loss.h"
+
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "box.h"
+#include "sources.h"
+
+MM_DISPATCH(mmfast_contrastive_loss, const void*, mmfast::RowType)
+
+namespace mmfast {
+namespace {
+
+template <class T>
+const ContrastiveKernels<T>& contrastive_kernels() {
+  return *static_cast<const ContrastiveKernels<T>*>(mmfast_contrastive_loss()(row_type<T>));
+}
+
+constexpr long double LOG2_E = 1.4426950408889634074L;
+
+struct Range {
+  int64_t first, end;
+  int64_t count() const { return end - first; }
+};
+
+// The pairs that are present, numbered without the others, and the matrix of their logits in blocks x blocks
+// squares: tasks of about the same size, whatever the number of pairs.
+template <class T>
+struct Pairs {
+  Tensor held_a, held_b;
+  int64_t samples, depth, count, blocks, side;
+  std::vector<int64_t> sample;  // [count]
+  Rows<T> a, b;                 // [count]
+  Right<T> columns;             // b.T
+
+  Pairs(const Tensor& a_, const Tensor& b_, const Maybe& present)
+      : held_a(dense(a_)), held_b(dense(b_)), samples(a_.size(0)), depth(a_.size(1)) {
+    const bool* const there = data<bool>(present);
+    for (int64_t s = 0; s < samples; ++s)
+      if (!there || there[s * present->stride(0)]) {
+        sample.push_back(s);
+        a.push_back(static_cast<const T*>(held_a.data_ptr()) + s * held_a.stride(0));
+        b.push_back(static_cast<const T*>(held_b.data_ptr()) + s * held_b.stride(0));
+      }
+    columns = Right<T>::of_columns(b, depth);
+    count = sample.size();
+    constexpr int64_t LEAST = 128, MOST_COLUMNS = TileKernels<T>::MOST_COLUMNS;
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t wanted = std::clamp<int64_t>(parts(count, LEAST), 1, threads * parts(16, threads));
+    side = std::max<int64_t>(parts(parts(count, wanted), MOST_COLUMNS), 1) * MOST_COLUMNS;
+    blocks = parts(count, side);
+  }
+  Range block(int64_t k) const { return {k * side, std::min((k + 1) * side, count)}; }
+  int64_t cost() const { return std::min(side, count) * std::min(side, count) * depth; }
+};
+
+// Makes tiles of a @ b.T, in one thread.
+template <class T, class A = typename wide<T>::type>
+class Products {
+ public:
+  const TileKernels<T>& k = tile_kernels<T>();
+
+  Products(const Pairs<T>& pairs, int64_t panels)
+      : pairs_(pairs), packed_(panels, panel_bytes<T>(pairs.depth)), made_(k.rows, k.columns) {}
+
+  void pack(int64_t slot, int64_t panel) const { pairs_.columns.pack(packed_.row(slot), panel); }
+  // rows first ... first + count of the panel in a slot
+  const A* tile(int64_t slot, int64_t first, int64_t count) const {
+    const T* left[TileKernels<T>::MOST_ROWS];
+    const A* start[TileKernels<T>::MOST_ROWS];
+    std::fill_n(start, k.rows, Sums<T>::zeros);
+    for (int64_t i = 0; i < k.rows; ++i) left[i] = pairs_.a[first + std::min(i, count - 1)];
+    k.multiply(made_.data(), start, left, k.group, packed_.row(slot), pairs_.depth);
+    return made_.data();
+  }
+
+ private:
+  const Pairs<T>& pairs_;
+  Buffer<char> packed_;
+  Buffer<A> made_;
+};
+
+// each(s, row, rows, column, columns) for the tiles of a block
+template <class T, class F>
+void each_tile(const Pairs<T>& pairs, const Products<T>& products, Range rows, Range columns, F each) {
+  const auto& k = products.k;
+  for (int64_t c = columns.first; c < columns.end; c += k.columns) {
+    products.pack(0, c / k.columns);
+    for (int64_t r = rows.first; r < rows.end; r += k.rows) {
+      const int64_t count = std::min(k.rows, rows.end - r);
+      each(products.tile(0, r, count), r, count, c, std::min(k.columns, columns.end - c));
+    }
+  }
+}
+
+// Online softmaxes of the rows, or of the columns, each over the pairs of one block: max and sum of 2^(x -
+// max).
+template <class A>
+struct Softmaxes {
+  Buffer<A> max, sum;  // [blocks, pairs]
+
+  Softmaxes(int64_t blocks, int64_t pairs) : max(blocks, pairs), sum(blocks, pairs) {}
+
+  struct Total {
+    Wider<A> max, log_sum;  // in units of ln 2
+  };
+  Total total(int64_t i, int64_t blocks) const {
+    Wider<A> most = max.row(0)[i], all = 0;
+    for (int64_t k = 1; k < blocks; ++k) most = std::max<Wider<A>>(most, max.row(k)[i]);
+    for (int64_t k = 0; k < blocks; ++k) all += sum.row(k)[i] * std::exp2(max.row(k)[i] - most);
+    return {most, std::log2(all)};
+  }
+};
+
+template <class T, class A = typename wide<T>::type>
+Tensors softmax_loss(const Pairs<T>& pairs, A scale) {
+  const auto& kernels = contrastive_kernels<T>();
+  const int64_t padded = pairs.blocks * pairs.side;  // the last panel may be filled up
+  const A scale2 = scale * static_cast<A>(LOG2_E), lowest = std::numeric_limits<A>::lowest();
+  Softmaxes<A> of_rows(pairs.blocks, padded), of_columns(pairs.blocks, padded);
+  const Buffer<A> own(1, padded);  // the pairs' own x
+  take_turns(pairs.blocks, pairs.blocks, pairs.cost(), [&](auto take) {
+    const Products<T> products(pairs, 1);
+    const Buffer<A> row_sum(pairs.side, kernels.lanes);
+    for (int64_t task; (task = take()) >= 0;) {
+      const int64_t y = task / pairs.blocks, x = task % pairs.blocks;
+      const Range rows = pairs.block(y), columns = pairs.block(x);
+      A* const row_max = of_rows.max.row(x);
+      A* const column_max = of_columns.max.row(y);
+      A* const column_sum = of_columns.sum.row(y);
+      std::fill_n(row_max + rows.first, pairs.side, lowest);
+      std::fill_n(column_max + columns.first, pairs.side, lowest);
+      std::fill_n(column_sum + columns.first, pairs.side, A(0));
+      std::fill_n(row_sum.data(), rows.count() * kernels.lanes, A(0));
+      const auto tile = [&](const A* s, int64_t r, int64_t height, int64_t c, int64_t width) {
+        kernels.softmax(s, height, width, scale2, row_max + r, row_sum.row(r - rows.first), column_max + c,
+                        column_sum + c);
+        for (int64_t i = std::max(r, c); i < std::min(r + height, c + width); ++i)
+          own.data()[i] = s[(i - r) * products.k.columns + i - c] * scale2;
+      };
+      each_tile(pairs, products, rows, columns, tile);
+      for (int64_t r = rows.first; r < rows.end; ++r) {
+        const A* const sums = row_sum.row(r - rows.first);
+        of_rows.sum.row(x)[r] = std::accumulate(sums, sums + kernels.lanes, A(0));
+      }
+    }
+  });
+
+  const Tensor loss = empty({}, scalar_type<A>), lse = empty({2, 2, pairs.samples}, scalar_type<A>);
+  std::fill_n(data<A>(lse), 4 * pairs.samples, A(0));
+  std::vector<Wider<A>> losses(pairs.count);
+  parallel_rows(pairs.count, pairs.blocks * 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (const auto* const of : {&of_rows, &of_columns}) {
+        const auto [max, log_sum] = of->total(i, pairs.blocks);
+        losses[i] += (max - own.data()[i] + log_sum) / 2;
+        A* const to = data<A>(lse) + (of == &of_columns) * 2 * pairs.samples + pairs.sample[i];
+        to[0] = max + log_sum;
+        to[pairs.samples] = max + log_sum - to[0];
+      }
+  });
+  *data<A>(loss) = std::accumulate(losses.begin(), losses.end(), Wider<A>(0)) / LOG2_E;
+  return {loss, lse};
+}
+
+template <class T, class A = typename wide<T>::type>
+Tensors sigmoid_loss(const Pairs<T>& pairs, A scale, A bias) {
+  std::vector<Wider<A>> losses(pairs.blocks * pairs.blocks);
+  take_turns(pairs.blocks, pairs.blocks, pairs.cost(), [&](auto take) {
+    const Products<T> products(pairs, 1);
+    for (int64_t task; (task = take()) >= 0;)
+      each_tile(pairs, products, pairs.block(task / pairs.blocks), pairs.block(task % pairs.blocks),
+                [&](const A* s, int64_t r, int64_t rows, int64_t c, int64_t columns) {
+                  losses[task] += contrastive_kernels<T>().sigmoid(s, rows, columns, scale, bias, r - c);
+                });
+  });
+  const Tensor loss = empty({}, scalar_type<A>);
+  *data<A>(loss) = std::accumulate(losses.begin(), losses.end(), Wider<A>(0));
+  return {loss};
+}
+
+// The gradient of one side: its rows of sums lie in the gradient itself where whole tiles fit into it.
+template <class T, class A = typename wide<T>::type>
+class Gradient {
+ public:
+  Gradient(const Pairs<T>& pairs, bool needed)
+      : needed_(needed),
+        width_(parts(pairs.depth, Right<T>::width()) * Right<T>::width()),
+        in_place_(std::is_same_v<T, A> && width_ == pairs.depth),
+        sums_(needed && !in_place_ ? pairs.count : 0, width_),
+        rows_(needed ? pairs.count : 0) {
+    if (!needed) return;
+    made_.emplace(empty({pairs.samples, pairs.depth}, scalar_type<T>));
+    clear(data<T>(*made_), pairs.samples, pairs.depth);
+    if (!in_place_) clear(sums_.data(), pairs.count, width_);
+    for (int64_t i = 0; i < pairs.count; ++i)
+      rows_[i] = in_place_ ? data<A>(*made_) + pairs.sample[i] * pairs.depth : sums_.row(i);
+  }
+
+  bool needed() const { return needed_; }
+  int64_t panels() const { return width_ / Right<T>::width(); }
+  // Rows first ... first + count take on left @ right, for columns of panel p.
+  void add(int64_t first, int64_t count, int64_t p, const T* const* left, int64_t step, const char* right,
+           int64_t depth) const {
+    const auto& k = tile_kernels<T>();
+    const A* start[TileKernels<T>::MOST_ROWS];
+    alignas(64) A c[TileKernels<T>::MOST_ROWS * TileKernels<T>::MOST_COLUMNS];
+    for (int64_t i = 0; i < k.rows; ++i) {
+      start[i] = rows_[first + std::min(i, count - 1)] + p * k.columns;
+      fetch_to_write(start[i], k.columns);
+    }
+    k.multiply(c, start, left, step, right, depth);
+    for (int64_t i = 0; i < count; ++i)
+      std::copy_n(c + i * k.columns, k.columns, rows_[first + i] + p * k.columns);
+  }
+  Tensor finish(const Pairs<T>& pairs) const {
+    if (!in_place_)
+      parallel_rows(pairs.count, pairs.depth, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          row_kernels<T>().narrow(data<T>(*made_) + pairs.sample[i] * pairs.depth, rows_[i], pairs.depth);
+      });
+    return *made_;
+  }
+
+ private:
+  template <class X>
+  static void clear(X* to, int64_t rows, int64_t width) {
+    parallel_rows(rows, width, [&](int64_t begin, int64_t end) {
+      std::fill_n(to + begin * width, (end - begin) * width, X{});
+    });
+  }
+
+  bool needed_;
+  int64_t width_;
+  bool in_place_;
+  Buffer<A> sums_;
+  std::vector<A*> rows_;
+  Maybe made_;
+};
+
+// Makes the slopes of a part of a block and adds what they are to both sides.
+template <class T, class A = typename wide<T>::type>
+class Worker {
+ public:
+  // Slopes, and what they are multiplied with, stay in a core's second cache.
+  static constexpr int64_t ROWS = 192, COLUMNS = 256;
+
+  Worker(const Pairs<T>& pairs, const Gradient<T>& d_a, const Gradient<T>& d_b)
+      : pairs_(pairs),
+        d_a_(d_a),
+        d_b_(d_b),
+        products_(pairs, COLUMNS / k_.columns),
+        slopes_(ROWS, COLUMNS),
+        left_(1, whole_groups<T>(ROWS) * k_.rows),
+        a_(d_b.needed() ? d_b.panels() : 0, panel_bytes<T>(ROWS)),
+        b_(d_a.needed() ? d_a.panels() : 0, panel_bytes<T>(COLUMNS)) {}
+
+  // slope(g, s, r, rows, c, columns) writes the slopes of a tile to g, in rows of COLUMNS.
+  template <class F>
+  void block(Range rows, Range columns, F slope) {
+    for (int64_t c = columns.first; c < columns.end; c += COLUMNS) {
+      const Range some{c, std::min(c + COLUMNS, columns.end)};
+      for (int64_t p = 0; p * k_.columns < some.count(); ++p) products_.pack(p, c / k_.columns + p);
+      if (d_a_.needed()) pack(b_, pairs_.b, some);
+      for (int64_t r = rows.first; r < rows.end; r += ROWS)
+        part({r, std::min(r + ROWS, rows.end)}, some, slope);
+    }
+  }
+
+ private:
+  void pack(const Buffer<char>& to, const Rows<T>& from, Range of) const {
+    for (int64_t p = 0; p * k_.columns < pairs_.depth; ++p)
+      k_.pack_rows(to.row(p), from.data() + of.first, p * k_.columns, of.count(),
+                   std::min(k_.columns, pairs_.depth - p * k_.columns));
+  }
+
+  template <class F>
+  void part(Range rows, Range columns, F slope) {
+    for (int64_t c = 0; c < columns.count(); c += k_.columns)
+      for (int64_t r = 0; r < rows.count(); r += k_.rows) {
+        const int64_t height = std::min(k_.rows, rows.count() - r);
+        const A* const s = products_.tile(c / k_.columns, rows.first + r, height);
+        slope(slopes_.row(r) + c, s, rows.first + r, height, columns.first + c,
+              std::min(k_.columns, columns.count() - c));
+      }
+    const T* left[TileKernels<T>::MOST_ROWS];
+    if (d_a_.needed())
+      for (int64_t p = 0; p < d_a_.panels(); ++p)
+        for (int64_t r = 0; r < rows.count(); r += k_.rows) {
+          const int64_t height = std::min(k_.rows, rows.count() - r);
+          for (int64_t i = 0; i < k_.rows; ++i) left[i] = slopes_.row(r + std::min(i, height - 1));
+          d_a_.add(rows.first + r, height, p, left, k_.group, b_.row(p), columns.count());
+        }
+    if (!d_b_.needed()) return;
+    pack(a_, pairs_.a, rows);
+    const T* from[ROWS];
+    for (int64_t r = 0; r < rows.count(); ++r) from[r] = slopes_.row(r);
+    for (int64_t i = 0; i < k_.rows; ++i) left[i] = left_.data() + i * k_.group;
+    for (int64_t c = 0; c < columns.count(); c += k_.rows) {
+      const int64_t height = std::min(k_.rows, columns.count() - c);
+      k_.pack_left(left_.data(), from, c, rows.count(), height);
+      for (int64_t p = 0; p < d_b_.panels(); ++p)
+        d_b_.add(columns.first + c, height, p, left, k_.rows * k_.group, a_.row(p), rows.count());
+    }
+  }
+
+  const TileKernels<T>& k_ = tile_kernels<T>();
+  const Pairs<T>& pairs_;
+  const Gradient<T>&d_a_, &d_b_;
+  Products<T> products_;
+  Buffer<T> slopes_, left_;
+  Buffer<char> a_, b_;
+};
+
+// lse is null for the sigmoid.
+template <class T, class A = typename wide<T>::type>
+Tensors backward(const Pairs<T>& pairs, A grad, A scale, A bias, const A* lse,
+                 const std::vector<bool>& needs) {
+  const auto& kernels = contrastive_kernels<T>();
+  const Gradient<T> d_a(pairs, needs[0]), d_b(pairs, needs[1]);
+  const Buffer<A> present_lse(4, lse ? pairs.blocks * pairs.side : 0);  // the last panel may be filled up
+  for (int64_t k = 0; lse && k < 4; ++k)
+    for (int64_t i = 0; i < pairs.count; ++i)
+      present_lse.row(k)[i] = lse[k * pairs.samples + pairs.sample[i]];
+  struct SumsOfSlopes {
+    double weighted_and_all[2] = {0, 0};
+  };
+  std::vector<SumsOfSlopes> sums(pairs.blocks * pairs.blocks);
+  // The blocks of one step share no rows and no columns, so nobody else writes to their gradients, and each
+  // row of a gradient adds up in the same order always.
+  const bool anything = needs[0] || needs[1] || needs[2] || (needs[3] && !lse);
+  for (int64_t step = 0; anything && step < pairs.blocks; ++step)
+    take_turns(pairs.blocks, 1, 3 * pairs.cost(), [&](auto take) {
+      Worker<T> worker(pairs, d_a, d_b);
+      for (int64_t y; (y = take()) >= 0;) {
+        const int64_t x = (y + step) % pairs.blocks;
+        double* const to = sums[y * pairs.blocks + x].weighted_and_all;
+        worker.block(pairs.block(y), pairs.block(x),
+                     [&](T* g, const A* s, int64_t r, int64_t rows, int64_t c, int64_t columns) {
+                       constexpr int64_t STRIDE = Worker<T>::COLUMNS;
+                       const A* const row_lse[] = {present_lse.row(0) + r, present_lse.row(1) + r};
+                       const A* const column_lse[] = {present_lse.row(2) + c, present_lse.row(3) + c};
+                       if (lse)
+                         kernels.softmax_backward(g, STRIDE, s, rows, columns, scale * A(LOG2_E), row_lse,
+                                                  column_lse, r - c, grad * scale, to);
+                       else
+                         kernels.sigmoid_backward(g, STRIDE, s, rows, columns, scale, bias, r - c,
+                                                  grad * scale, to);
+                     });
+      }
+    });
+
+  Tensors made;
+  if (needs[0]) made.push_back(d_a.finish(pairs));
+  if (needs[1]) made.push_back(d_b.finish(pairs));
+  double weighted = 0, all = 0;
+  for (const auto& [s] : sums) weighted += s[0], all += s[1];
+  if (needs[2]) *data<A>(made.emplace_back(empty({}, scalar_type<A>))) = grad * weighted;
+  if (needs[3]) *data<A>(made.emplace_back(empty({}, scalar_type<A>))) = lse ? 0 : grad * all;
+  return made;
+}
+
+Tensors contrastive_loss(Tensor a, Tensor b, Tensor logit_scale, Maybe logit_bias, std::string kind,
+                         Maybe present) {
+  return by_type("contrastive_loss: a", a.scalar_type(), [&](auto zero, auto to) {
+    using T = decltype(zero);
+    using A = typename wide<T>::type;
+    const Pairs<T> pairs(to(a), to(b), present);
+    const A scale = *data<A>(logit_scale);
+    return kind == "softmax" ? softmax_loss(pairs, scale)
+                             : sigmoid_loss(pairs, scale, logit_bias ? *data<A>(logit_bias) : A(0));
+  });
+}
+
+Tensors contrastive_loss_backward(Tensor grad, Tensor a, Tensor b, Tensor logit_scale, Maybe logit_bias,
+                                  std::string kind, Maybe present, Maybe lse, std::vector<bool> needs) {
+  Tensors made = by_type("contrastive_loss: a", a.scalar_type(), [&](auto zero, auto to) {
+    using T = decltype(zero);
+    using A = typename wide<T>::type;
+    const Maybe whole = lse ? Maybe(torch::stable::contiguous(*lse)) : lse;
+    return backward(Pairs<T>(to(a), to(b), present), *data<A>(grad), *data<A>(logit_scale),
+                    logit_bias ? *data<A>(logit_bias) : A(0), data<A>(whole), needs);
+  });
+  if (a.scalar_type() == ScalarType::Half)  // all but the scalars, which are as wide as the sums
+    for (int64_t i = 0; i < needs[0] + needs[1]; ++i) made[i] = cast(made[i], ScalarType::Half);
+  return made;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
+  bind<&contrastive_loss>(m, "contrastive_loss.cpu");
+  bind<&contrastive_loss_backward>(m, "contrastive_loss_backward.cpu");
+}
+
+}  // namespace mmfast

@@ -1,0 +1,290 @@
+// lowrank_fusion on the CPU: sum over r of rank_weight[r] * product over i of ([x_i, 1] @ factors_i[r]), +
+// bias.
+//
+// A task is some rows and a panel of columns: each factor is made in tiles, multiplied into the product of
+// its rank and kept for the backward, and the ranks are added up, all in a core's own cache. What is absent
+// is left out of the tiles.
+#include <string>
+
+#include "box.h"
+#include "simd/products.h"
+#include "tiles.h"
+
+MM_DISPATCH(mmfast_products, const void*, mmfast::RowType)
+
+namespace mmfast {
+namespace {
+
+inline Tensor dense(const Tensor& t) {  // in its last dimension
+  return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+template <class A, class T>
+std::vector<A> widened(const Tensor& t) {
+  std::vector<A> out(t.numel(), 0);
+  const Tensor flat = torch::stable::contiguous(t);
+  row_kernels<T>().accumulate(out.data(), 1, data<T>(flat), flat.numel());
+  return out;
+}
+
+template <class T, class A = typename wide<T>::type>
+struct Problem {
+  const ProductKernels<T>& kernels = *static_cast<const ProductKernels<T>*>(mmfast_products()(row_type<T>));
+  Tensors held;  // keeps copies alive that were made for their strides
+  int64_t count, rows, ranks, width;
+  std::vector<Rows<T>> x;       // [n][B]; null where it is absent
+  std::vector<int64_t> depth;   // D_i
+  std::vector<Tensor> factors;  // [R, D_i + 1, O]
+  std::vector<A> weight;        // [R]
+
+  static constexpr T nothing{};  // the row of a modality without features, which is there all the same
+
+  Problem(const Tensors& inputs, const Tensors& factors_, const Tensor& rank_weight, const Maybe& present)
+      : count(inputs.size()),
+        rows(inputs[0].size(0)),
+        ranks(rank_weight.size(0)),
+        width(factors_[0].size(2)),
+        weight(widened<A, T>(rank_weight)) {
+    for (int64_t i = 0; i < count; ++i) {
+      const Tensor& own = held.emplace_back(dense(inputs[i]));
+      Rows<T>& to = x.emplace_back(rows, nullptr);
+      for (int64_t b = 0; b < rows; ++b)
+        if (!present || data<bool>(*present)[b * present->stride(0) + i * present->stride(1)])
+          to[b] = own.size(1) ? data<T>(own) + b * own.stride(0) : &nothing;
+      depth.push_back(own.size(1));
+      factors.push_back(dense(factors_[i]));
+    }
+  }
+
+  // Row d of a factor's rank; row D_i belongs to the 1.
+  const T* factor_row(int64_t i, int64_t r, int64_t d) const {
+    const Tensor& f = factors[i];
+    return data<T>(f) + r * f.stride(0) + d * f.stride(1);
+  }
+  Rows<T> factor_rows(int64_t i, int64_t r) const {  // without the last
+    Rows<T> out(depth[i]);
+    for (int64_t d = 0; d < depth[i]; ++d) out[d] = factor_row(i, r, d);
+    return out;
+  }
+};
+
+// What every factor is where it is kept: [n, B, R, O].
+template <class T>
+struct Kept {
+  T* data;
+  int64_t rows, ranks, width;
+  T* at(int64_t i, int64_t b, int64_t r) const { return data + ((i * rows + b) * ranks + r) * width; }
+};
+
+template <class T>
+Tensors forward(const Tensors& inputs, const Tensors& factors, const Tensor& rank_weight, const Maybe& bias_,
+                const Maybe& present, bool save) {
+  using A = typename wide<T>::type;
+  constexpr int64_t MOST = 96, FEW = 16 * sizeof(T);  // rows of a task; so few that packing does not pay
+  const Problem<T> p(inputs, factors, rank_weight, present);
+  const auto& tile = tile_kernels<T>();
+  const int64_t width = tile.columns, height = tile.rows;
+  Tensors made{empty({p.rows, p.width}, scalar_type<T>)};
+  T* const out = data<T>(made[0]);
+  if (save) made.push_back(empty({p.count, p.rows, p.ranks, p.width}, scalar_type<T>));
+  const Kept<T> kept{save ? data<T>(made[1]) : nullptr, p.rows, p.ranks, p.width};
+  const std::vector<A> bias = bias_ ? widened<A, T>(*bias_) : std::vector<A>(p.width, 0);
+
+  std::vector<Right<T>> right;  // [n, R]
+  int64_t bytes = 0, depth = 0;
+  for (int64_t i = 0; i < p.count; ++i) {
+    for (int64_t r = 0; r < p.ranks; ++r) right.push_back(Right<T>::of_rows(p.factor_rows(i, r), p.width));
+    bytes = std::max(bytes, panel_bytes<T>(p.depth[i]));
+    depth += p.depth[i];
+  }
+  const int64_t some = std::clamp(parts(parts(p.rows, 4), height) * height, height, MOST);
+  const int64_t each = parts(parts(p.rows, parts(std::max<int64_t>(p.rows, 1), some)), height) * height;
+  const int64_t blocks = parts(p.rows, std::max(each, height)), panels = parts(p.width, width);
+  take_turns(panels, blocks, each * width * p.ranks * (depth + MEMORY), [&](auto take) {
+    const Buffer<A> product(each, width), sum(each, width);
+    const Buffer<char> packed(1, bytes);
+    alignas(64) A base[TileKernels<T>::MOST_COLUMNS], ones[TileKernels<T>::MOST_COLUMNS];
+    std::fill_n(ones, width, A(1));
+    Sums<T> c;
+    std::vector<int64_t> there;
+    for (int64_t task; (task = take()) >= 0;) {
+      const int64_t panel = task / blocks, first = panel * width, used = std::min(width, p.width - first);
+      const int64_t begin = task % blocks * each, end = std::min(begin + each, p.rows);
+      for (int64_t b = begin; b < end; ++b) std::copy_n(bias.data() + first, used, sum.row(b - begin));
+      for (int64_t r = 0; r < p.ranks; ++r) {
+        for (int64_t i = 0; i < p.count; ++i) {
+          const auto join = [&](int64_t b, const A* factor) {
+            p.kernels.multiply(product.row(b - begin), save ? kept.at(i, b, r) + first : nullptr, factor,
+                               i == 0, used);
+          };
+          there.clear();
+          for (int64_t b = begin; b < end; ++b)
+            if (p.x[i][b])
+              there.push_back(b);
+            else if (i == 0 || save)
+              join(b, ones);
+          if (there.empty()) continue;
+          const Right<T>& factor = right[i * p.ranks + r];
+          const int64_t rows = there.size();
+          const bool in_place = rows <= FEW && factor.readable(panel);
+          if (!in_place) factor.pack(packed.data(), panel);
+          std::fill_n(base, width, A(0));
+          row_kernels<T>().accumulate(base, 1, p.factor_row(i, r, p.depth[i]) + first, used);
+          std::fill_n(c.at, height, base);
+          for (int64_t k = 0; k < rows; k += height) {
+            const int64_t count = std::min(height, rows - k);
+            const T* left[TileKernels<T>::MOST_ROWS];
+            // a short tile's last row fills it up
+            for (int64_t t = 0; t < height; ++t) left[t] = p.x[i][there[k + std::min(t, count - 1)]];
+            factor.multiply(c.of, c.at, left, count, panel, in_place ? nullptr : packed.data());
+            for (int64_t t = 0; t < count; ++t) join(there[k + t], c.of + t * width);
+          }
+        }
+        for (int64_t b = 0; b < end - begin; ++b)
+          row_kernels<A>().accumulate(sum.row(b), p.weight[r], product.row(b), used);
+      }
+      for (int64_t b = begin; b < end; ++b)
+        row_kernels<T>().narrow(out + b * p.width + first, sum.row(b - begin), used);
+    }
+  });
+  return made;
+}
+
+// With d_i[b, r] = grad[b] * rank_weight[r] * product of the factors other than i:
+//   dx_i = sum over r of d_i[:, r] @ factors_i[r].T;  dfactors_i[r] = [x_i, 1].T @ d_i[:, r]
+template <class T>
+Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensors& factors,
+                 const Tensor& rank_weight, const Maybe& present, const Tensor& kept_,
+                 const std::vector<bool>& needs) {
+  using A = typename wide<T>::type;
+  constexpr int64_t PART = 32;  // rows, summed one after the other: the same bits for any number of threads
+  const Problem<T> p(inputs, factors, rank_weight, present);
+  const int64_t n = p.count, B = p.rows, R = p.ranks, O = p.width;
+  Tensors made;
+  std::vector<T*> grads(needs.size());
+  for (size_t k = 0; k < needs.size(); ++k) {
+    if (!needs[k]) continue;
+    const int64_t i = k % n;
+    const bool of_input = int64_t(k) < n, of_factor = !of_input && int64_t(k) < 2 * n;
+    const Shape shape = of_input              ? Shape{B, p.depth[i]}
+                        : of_factor           ? Shape{R, p.depth[i] + 1, O}
+                        : int64_t(k) == 2 * n ? Shape{R}
+                                              : Shape{O};
+    grads[k] = data<T>(made.emplace_back(empty(shape, scalar_type<T>)));
+  }
+  const Tensor grad = torch::stable::contiguous(grad_), tensor = torch::stable::contiguous(kept_);
+  const Kept<T> kept{data<T>(tensor), B, R, O};
+  const auto needed = [&](int64_t i) { return needs[i] || needs[n + i]; };
+
+  // d, and its sums and those of grad over the rows of each part, [n, R, O] and [O], and the ranks' [R]
+  const bool sums_needed = std::find(needs.begin() + n, needs.end(), true) != needs.end();
+  const Buffer<T> memory(n * B * R, O);
+  const Kept<T> d{memory.data(), B, R, O};
+  const int64_t count = parts(B, PART), size = n * R * O + O;
+  std::vector<A> sums(count * size, 0);
+  std::vector<Wider<A>> rank_sums(count * R, 0);
+  parallel_rows(count, PART * n * R * O, [&](int64_t begin, int64_t end) {
+    std::vector<const T*> from(n);
+    std::vector<T*> to(n);
+    std::vector<A*> total(n);
+    for (int64_t part = begin; part < end; ++part)
+      for (int64_t b = part * PART; b < std::min((part + 1) * PART, B); ++b) {
+        const T* const g = data<T>(grad) + b * O;
+        A* const own = sums.data() + part * size;
+        for (int64_t r = 0; r < R; ++r) {
+          for (int64_t i = 0; i < n; ++i) {
+            from[i] = kept.at(i, b, r);
+            to[i] = needed(i) && p.x[i][b] ? d.at(i, b, r) : nullptr;
+            total[i] = own + (i * R + r) * O;
+          }
+          rank_sums[part * R + r] +=
+              p.kernels.backward(to.data(), total.data(), from.data(), n, p.weight[r], g, O);
+        }
+        row_kernels<T>().accumulate(own + n * R * O, 1, g, O);
+      }
+  });
+  if (sums_needed) {
+    std::vector<A> sum(size, 0);
+    for (int64_t part = 0; part < count; ++part)
+      row_kernels<A>().accumulate(sum.data(), 1, sums.data() + part * size, size);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t r = 0; needs[n + i] && r < R; ++r)  // of the 1
+        row_kernels<T>().narrow(grads[n + i] + (r * (p.depth[i] + 1) + p.depth[i]) * O,
+                                sum.data() + (i * R + r) * O, O);
+    if (needs[2 * n]) {
+      std::vector<Wider<A>> total(R, 0);
+      for (size_t k = 0; k < rank_sums.size(); ++k) total[k % R] += rank_sums[k];
+      const std::vector<A> narrowed(total.begin(), total.end());
+      row_kernels<T>().narrow(grads[2 * n], narrowed.data(), R);
+    }
+    if (needs[2 * n + 1]) row_kernels<T>().narrow(grads[2 * n + 1], sum.data() + n * R * O, O);
+  }
+
+  for (int64_t i = 0; i < n; ++i) {
+    Rows<T> rows(B, nullptr);  // of d, [R, O] each
+    for (int64_t b = 0; b < B; ++b)
+      if (p.x[i][b]) rows[b] = d.at(i, b, 0);
+    const int64_t depth = p.depth[i];
+    if (needs[i]) {
+      std::vector<Term<T>> terms;
+      for (int64_t r = 0; r < R; ++r) {
+        Rows<T> left(rows);
+        for (const T*& row : left)
+          if (row) row += r * O;
+        terms.push_back({std::move(left), {Right<T>::of_columns(p.factor_rows(i, r), O)}, nullptr});
+      }
+      sum_of_products(
+          B, depth, 1, terms,
+          [&](int64_t b, int64_t first, int64_t count, int64_t, A*) -> const A* {
+            fetch_to_write(grads[i] + b * depth + first, count);
+            return nullptr;
+          },
+          [&](int64_t b, int64_t first, int64_t count, const A* c, const A*) {
+            row_kernels<T>().narrow(grads[i] + b * depth + first, c, count);
+          });
+    }
+    if (needs[n + i])
+      product_over_rows(p.x[i], depth, rows, R * O, static_cast<const Centring<T>*>(nullptr),
+                        [&](int64_t k, int64_t first, int64_t count, const A* c) {
+                          for (int64_t done = 0; done < count;) {  // columns may be those of two ranks
+                            const int64_t r = (first + done) / O, o = (first + done) % O;
+                            const int64_t some = std::min(count - done, O - o);
+                            row_kernels<T>().narrow(grads[n + i] + (r * (depth + 1) + k) * O + o, c + done,
+                                                    some);
+                            done += some;
+                          }
+                        });
+  }
+  return made;
+}
+
+// The results in the inputs' dtype, which the kernels do not have for float16.
+template <class F>
+Tensors run_in(ScalarType type, const F& run) {
+  const Tensors made = by_type("lowrank_fusion: rank_weight", type, run);
+  return type == ScalarType::Half ? cast(made, type) : made;
+}
+
+Tensors lowrank_fusion(Tensors inputs, Tensors factors, Tensor rank_weight, Maybe bias, Maybe present,
+                       bool save) {
+  return run_in(rank_weight.scalar_type(), [&](auto zero, auto to) {
+    return forward<decltype(zero)>(to(inputs), to(factors), to(rank_weight), to(bias), present, save);
+  });
+}
+
+Tensors lowrank_fusion_backward(Tensor grad, Tensors inputs, Tensors factors, Tensor rank_weight,
+                                Maybe present, Tensor kept, std::vector<bool> needs) {
+  return run_in(rank_weight.scalar_type(), [&](auto zero, auto to) {
+    return backward<decltype(zero)>(to(grad), to(inputs), to(factors), to(rank_weight), present, to(kept),
+                                    needs);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
+  bind<&lowrank_fusion>(m, "lowrank_fusion.cpu");
+  bind<&lowrank_fusion_backward>(m, "lowrank_fusion_backward.cpu");
+}
+
+}  // namespace mmfast

@@ -1,0 +1,46 @@
+// See products.h. No torch header and no linkage but MM_ENTRY: see dispatch.h.
+#include "products.h"
+
+#include "vectors.h"
+
+using mmfast::ProductKernels;
+
+namespace {
+
+template <class T>
+void multiply(Acc<T>* product, T* kept, const Acc<T>* factor, bool first, int64_t n) {
+  sweep<T>(n, [&](int64_t c, auto part) {
+    const Vec<T> f = load(factor + c, part);
+    store(product + c, first ? f : load(product + c, part) * f, part);
+    if (kept) store(kept + c, f, part);
+  });
+}
+
+// The others are multiplied out for each factor: dividing the product by it would not do where it is 0.
+template <class T>
+Acc<T> backward(T* const* dfactors, Acc<T>* const* sums, const T* const* factors, int64_t count, Acc<T> scale,
+                const T* grad, int64_t n) {
+  Vec<T> sum{};
+  sweep<T>(n, [&](int64_t c, auto part) {
+    const Vec<T> g = load(grad + c, part);
+    Vec<T> all = g;
+    for (int64_t j = 0; j < count; ++j) all *= load(factors[j] + c, part);
+    sum += all;
+    for (int64_t i = 0; i < count; ++i) {
+      if (!dfactors[i]) continue;
+      Vec<T> d = g * scale;
+      for (int64_t j = 0; j < count; ++j)
+        if (j != i) d *= load(factors[j] + c, part);
+      store(dfactors[i] + c, d, part);
+      store(sums[i] + c, load(sums[i] + c, part) + d, part);
+    }
+  });
+  return total(sum);
+}
+
+template <class T>
+constexpr ProductKernels<T> kernels = {multiply<T>, backward<T>};
+
+}  // namespace
+
+MM_KERNELS_ENTRY(mmfast_products)

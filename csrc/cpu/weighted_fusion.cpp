@@ -1,0 +1,157 @@
+// weighted_fusion on the CPU: sum over i of softmax(logits)_i x_i over the sources that a row has, each row
+// read and written once.
+#include <cmath>
+
+#include "box.h"
+#include "simd/mixture.h"
+#include "sources.h"
+
+MM_DISPATCH(mmfast_mixture, const void*, mmfast::RowType)
+
+namespace mmfast {
+namespace {
+
+template <class T, class A = typename wide<T>::type>
+struct Problem {
+  const MixtureKernels<T>& kernels = *static_cast<const MixtureKernels<T>*>(mmfast_mixture()(row_type<T>));
+  Tensors held;  // [*inputs, logits], or copies that were made for their strides
+  Shape lead;
+  int64_t count, rows, depth;
+  std::vector<Source<T>> sources;  // [n + 1], the last of them the logits
+  std::vector<Rows<T>> at;         // of each source's own rows
+  std::vector<char> present;       // [B, n]; empty: everywhere
+
+  Problem(const Tensors& inputs, const Tensor& logits, const Maybe& present_)
+      : held(inputs), count(inputs.size()) {
+    held.push_back(logits);
+    lead = broadcast(held);
+    rows = product(lead);
+    for (Tensor& t : held) {
+      t = dense(t);
+      sources.push_back(source<T>(t, 0, lead));
+      at.push_back(row_pointers(sources.back()));
+    }
+    depth = sources[0].depth;
+    for (int64_t k = 0; present_ && k < lead[0] * count; ++k)
+      present.push_back(
+          data<bool>(*present_)[k / count * present_->stride(0) + k % count * present_->stride(1)]);
+  }
+
+  Shape shape(int64_t last) const {  // as PyTorch has it: possibly no leading dimension
+    Shape out;
+    for (const Tensor& t : held)
+      if (t.dim() > 1) out = lead;
+    out.push_back(last);
+    return out;
+  }
+  const T* row(int64_t i, int64_t r) const { return at[i][sources[i].row(r)]; }
+
+  // The sources that rows have, and how much each counts.
+  struct Mixture {
+    std::vector<int64_t> which;
+    std::vector<A> weights;
+  };
+
+  // f(row, mixture) over all rows, those that share logits and presence sharing the mixture
+  template <class F>
+  void each_row(const F& f) const {
+    parallel_rows(rows, count * depth, [&](int64_t begin, int64_t end) {
+      Mixture mixture;
+      std::vector<A> wide_logits(count);
+      const T* logits = nullptr;
+      const char* flags = nullptr;
+      for (int64_t r = begin; r < end; ++r) {
+        const T* const own = row(count, r);
+        const char* const own_flags = present.empty() ? nullptr : &present[r / (rows / lead[0]) * count];
+        if (own != logits || own_flags != flags) {
+          logits = own, flags = own_flags;
+          std::fill(wide_logits.begin(), wide_logits.end(), A(0));
+          row_kernels<T>().accumulate(wide_logits.data(), 1, logits, count);
+          softmax(wide_logits, flags, mixture);
+        }
+        f(r, mixture);
+      }
+    });
+  }
+
+ private:
+  void softmax(const std::vector<A>& logits, const char* flags, Mixture& to) const {
+    to.which.clear(), to.weights.clear();
+    A largest = -INFINITY, sum = 0;
+    for (int64_t i = 0; i < count; ++i)
+      if (!flags || flags[i]) to.which.push_back(i), largest = std::max(largest, logits[i]);
+    for (const int64_t i : to.which) sum += to.weights.emplace_back(std::exp(logits[i] - largest));
+    for (A& weight : to.weights) weight /= sum;
+  }
+};
+
+template <class T>
+Tensors forward(const Tensors& inputs, const Tensor& logits, const Maybe& present) {
+  const Problem<T> p(inputs, logits, present);
+  const Tensor out = empty(p.shape(p.depth), scalar_type<T>);
+  p.each_row([&, y = data<T>(out)](int64_t r, const auto& mixture) {
+    thread_local std::vector<const T*> x;
+    x.clear();
+    for (const int64_t i : mixture.which) x.push_back(p.row(i, r));
+    p.kernels.mix(y + r * p.depth, x.data(), mixture.weights.data(), x.size(), p.depth);
+  });
+  return {out};
+}
+
+// dx_i = w_i grad;  dlogit_i = w_i (grad . x_i - sum over j of w_j grad . x_j), for each row by itself
+template <class T>
+Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensor& logits, const Maybe& present,
+                 const std::vector<bool>& needs) {
+  using A = typename wide<T>::type;
+  const Problem<T> p(inputs, logits, present);
+  const Tensor grad = torch::stable::contiguous(grad_);
+  Tensors made;
+  std::vector<T*> dx(p.count);
+  for (int64_t i = 0; i < p.count; ++i)
+    if (needs[i]) dx[i] = data<T>(made.emplace_back(empty(p.shape(p.depth), scalar_type<T>)));
+  A* const dlogits =
+      needs[p.count] ? data<A>(made.emplace_back(empty(p.shape(p.count), scalar_type<A>))) : nullptr;
+  p.each_row([&, g = data<T>(grad)](int64_t r, const auto& mixture) {
+    thread_local std::vector<A> dots;
+    dots.clear();
+    for (T* const to : dx)
+      if (to && int64_t(mixture.which.size()) < p.count) std::fill_n(to + r * p.depth, p.depth, T{});
+    if (dlogits) std::fill_n(dlogits + r * p.count, p.count, A(0));
+    A mean = 0;
+    for (size_t k = 0; k < mixture.which.size(); ++k) {
+      const int64_t i = mixture.which[k];
+      T* const to = dx[i] ? dx[i] + r * p.depth : nullptr;
+      dots.push_back(p.kernels.backward(to, mixture.weights[k], g + r * p.depth, p.row(i, r), p.depth));
+      mean += mixture.weights[k] * dots[k];
+    }
+    for (size_t k = 0; dlogits && k < dots.size(); ++k)
+      dlogits[r * p.count + mixture.which[k]] = mixture.weights[k] * (dots[k] - mean);
+  });
+  return made;
+}
+
+Tensor weighted_fusion(Tensors inputs, Tensor logits, Maybe present) {
+  const ScalarType type = logits.scalar_type();
+  const Tensors made = by_type("weighted_fusion: logits", type, [&](auto zero, auto to) {
+    return forward<decltype(zero)>(to(inputs), to(logits), present);
+  });
+  return cast(made[0], type);
+}
+
+Tensors weighted_fusion_backward(Tensor grad, Tensors inputs, Tensor logits, Maybe present,
+                                 std::vector<bool> needs) {
+  Tensors made = by_type("weighted_fusion: logits", logits.scalar_type(), [&](auto zero, auto to) {
+    return backward<decltype(zero)>(to(grad), to(inputs), to(logits), present, needs);
+  });
+  for (size_t k = 0; k < made.size() - needs.back(); ++k) made[k] = cast(made[k], logits.scalar_type());
+  return made;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
+  bind<&weighted_fusion>(m, "weighted_fusion.cpu");
+  bind<&weighted_fusion_backward>(m, "weighted_fusion_backward.cpu");
+}
+
+}  // namespace mmfast

@@ -1,0 +1,204 @@
+"""The layers of mmfast.nn that fuse modalities, each against its paper's formula written out."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from check import compiled
+from torch import nn
+
+from mmfast.nn import (
+    BottleneckFusion,
+    ConcatLinear,
+    GatedFusion,
+    LowRankFusion,
+    PairwiseFusion,
+    WeightedFusion,
+)
+
+SIZES = (5, 3, 4)
+VECTORS = {
+    "weighted": lambda: WeightedFusion(SIZES, 6, activation="gelu"),
+    "gated": lambda: GatedFusion(SIZES, 6),
+    "low rank": lambda: LowRankFusion(SIZES, 6, rank=2),
+}
+DIMS = {"image": 5, "text": 3, "audio": 4}
+SEQUENCES = {
+    "bottleneck": lambda: BottleneckFusion(8, 2, DIMS, num_bottlenecks=3),
+    "pairwise": lambda: PairwiseFusion(8, 2, DIMS, activation="gelu"),
+}
+PRESENT = torch.tensor([[1, 1, 1], [0, 1, 0], [1, 0, 1], [0, 0, 0]]).bool()
+LENGTHS = {"image": torch.tensor([6, 2, 4, 1]), "audio": torch.tensor([1, 2, 3, 0])}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def vectors():
+    return [torch.randn(4, d, dtype=torch.float64) for d in SIZES]
+
+
+def sequences():
+    return {name: torch.randn(4, 6 - i, d, dtype=torch.float64) for i, (name, d) in enumerate(DIMS.items())}
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_from_linear_gives_the_outputs_of_the_linear_layer():
+    for bias in (True, False):
+        linear, inputs = nn.Linear(12, 7, bias=bias).double().eval(), vectors()
+        layer = ConcatLinear.from_linear(linear, SIZES)
+        assert layer.state_dict().keys() == linear.state_dict().keys() and not layer.training
+        assert layer.weight is not linear.weight and layer.weight.dtype == torch.float64
+        close(layer(inputs), linear(torch.cat(inputs, -1)))
+    with pytest.raises(ValueError, match="in_features is 5 \\+ 3, wanted a sum of 12"):
+        ConcatLinear.from_linear(linear, SIZES[:2])
+
+
+def test_weighted_is_a_mean_of_projections_with_learned_weights():
+    layer, inputs = WeightedFusion(SIZES, 6).double(), vectors()
+    assert not layer.logits.any()
+    nn.init.normal_(layer.logits)
+    weights = layer.logits.softmax(0)
+    meant = sum(
+        w * F.linear(x, p.weight, p.bias) for w, x, p in zip(weights, inputs, layer.project, strict=True)
+    )
+    close(layer(inputs), meant)
+    two = layer.logits[:2].softmax(0)
+    meant = sum(
+        w * F.linear(x, p.weight, p.bias) for w, x, p in zip(two, inputs, layer.project, strict=False)
+    )
+    close(layer(inputs, present=torch.tensor([[True, True, False]]).expand(4, 3)), meant)
+
+
+def test_gated_is_the_gated_multimodal_unit():
+    layer, inputs = GatedFusion(SIZES, 6).double(), vectors()
+    gates = layer.gates(inputs).sigmoid().chunk(3, -1)
+    hidden = [torch.tanh(F.linear(x, p.weight, p.bias)) for x, p in zip(inputs, layer.project, strict=True)]
+    close(layer(inputs), sum(z * h for z, h in zip(gates, hidden, strict=True)))
+    broadcast = [inputs[0][:, None].expand(4, 2, 5), inputs[1][:, None], inputs[2][:, None]]
+    close(layer(broadcast), layer(inputs)[:, None].expand(4, 2, 6))
+
+
+def test_low_rank_is_the_published_module():
+    layer, inputs = LowRankFusion(SIZES, 6, rank=2).double(), vectors()
+    assert repr(layer).startswith("LowRankFusion(\n") and "rank=2" in layer.extra_repr()
+    product = 1.0
+    for x, factor in zip(inputs, layer.factors, strict=True):
+        product = product * torch.matmul(torch.cat([x, torch.ones(4, 1)], 1), factor)
+    close(layer(inputs), torch.matmul(layer.rank_weight, product.transpose(0, 1)) + layer.bias)
+
+
+def test_low_rank_starts_with_outputs_of_the_size_of_its_inputs():
+    layer = LowRankFusion((300, 74, 35), 64, rank=16)
+    out = layer([torch.randn(500, d) for d in (300, 74, 35)])
+    assert 0.5 < out.std() < 2
+
+
+def transformer_layer(block, x):
+    """A pre-norm Transformer layer with the block's weights, one sequence [S, E] at a time."""
+    attention, heads = block.attention, block.attention.heads
+    source = attention.sources["tokens"]
+    normed = F.layer_norm(x, x.shape[-1:], attention.query.norm_weight, attention.query.norm_bias)
+    query = F.linear(normed, attention.query.weight, attention.query.bias)
+    normed = F.layer_norm(x, x.shape[-1:], source.norm_weight, source.norm_bias)
+    key, value = F.linear(normed, source.weight, source.bias).chunk(2, -1)
+    query, key, value = (t.unflatten(-1, (heads, -1)).transpose(0, 1) for t in (query, key, value))
+    mixed = F.scaled_dot_product_attention(query, key, value).transpose(0, 1).flatten(1)
+    x = x + F.linear(mixed, attention.project.weight, attention.project.bias)
+    normed = F.layer_norm(x, x.shape[-1:], block.up.norm_weight, block.up.norm_bias)
+    hidden = F.gelu(F.linear(normed, block.up.weight, block.up.bias))
+    return x + F.linear(hidden, block.down.weight, block.down.bias)
+
+
+def test_bottleneck_is_mbt():
+    """Equations 8 and 9, sample by sample, without any padding or absence to mask."""
+    layer, given = BottleneckFusion(8, 2, DIMS, num_bottlenecks=3).double(), sequences()
+    out = layer(given, lengths=LENGTHS, present=PRESENT)
+    assert not out[3].any()
+    for row in range(3):
+        tokens = {
+            name: F.linear(x[row, : LENGTHS.get(name, torch.full((4,), 6))[row]], p.weight, p.bias)
+            for (name, x), p, there in zip(given.items(), layer.project.values(), PRESENT[row], strict=True)
+            if there
+        }
+        shared = layer.bottlenecks
+        for blocks in layer.layers:
+            made = {
+                name: transformer_layer(blocks[name], torch.cat([shared, x])) for name, x in tokens.items()
+            }
+            shared = torch.stack([x[:3] for x in made.values()]).mean(0)
+            tokens = {name: x[3:] for name, x in made.items()}
+        close(out[row], torch.stack([layer.norm(x).mean(0) for x in tokens.values()]).mean(0))
+
+
+def test_modalities_meet_through_the_bottleneck_only():
+    layer, given = BottleneckFusion(8, 2, DIMS, depth=1).double(), sequences()
+    pooled = []
+    layer.norm.register_forward_hook(lambda module, args, out: pooled.append(out))
+    for other in (given, {**given, "text": given["text"] + 1}):
+        layer(other)
+    first, second = pooled[:3], pooled[3:]  # of image, text and audio
+    close(first[0], second[0])  # within one layer nothing has come through yet
+    assert not torch.allclose(first[1], second[1])
+
+
+def test_pairwise_lets_every_ordered_pair_interact():
+    layer, given = PairwiseFusion(8, 2, DIMS).double(), sequences()
+    assert layer.pairs == [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]
+    h = [F.linear(x, p.weight, p.bias) for x, p in zip(given.values(), layer.project.values(), strict=True)]
+    met = [
+        h[i] + attention(h[i], {"tokens": h[j]})
+        for (i, j), attention in zip(layer.pairs, layer.interact, strict=True)
+    ]
+    pooled = torch.cat([x.mean(1) for x in met], -1)
+    close(layer(given), F.linear(pooled, layer.combine.weight, layer.combine.bias))
+
+
+def test_pairs_whose_query_is_absent_count_as_zeros_and_others_still_speak():
+    layer, given = PairwiseFusion(8, 2, DIMS).double(), sequences()
+    out = layer(given, present=PRESENT)
+    close(out[3], layer.combine.bias)
+    text = F.linear(given["text"][1], layer.project["text"].weight, layer.project["text"].bias)
+    alone = [text + layer.interact[k].project.bias for k in (2, 3)]  # nothing to attend to
+    columns = layer.combine.weight.unflatten(1, (6, 8))[:, 2:4].flatten(1)
+    close(out[1], F.linear(torch.cat([x.mean(0) for x in alone]), columns, layer.combine.bias))
+
+
+@pytest.mark.parametrize("make", VECTORS.values(), ids=VECTORS)
+def test_vectors_compile_and_their_gradients_are_slopes(make):
+    layer = make().double()
+    inputs = [x.requires_grad_() for x in vectors()]
+    close(compiled(layer)(inputs, present=PRESENT), layer(inputs, present=PRESENT))
+    assert torch.autograd.gradcheck(lambda *xs: layer(xs, present=PRESENT), inputs)
+
+
+@pytest.mark.parametrize("make", SEQUENCES.values(), ids=SEQUENCES)
+def test_sequences_gradients_are_slopes(make):
+    layer = make().double()
+    inputs = [x.requires_grad_() for x in sequences().values()]
+
+    def function(*xs):
+        return layer(dict(zip(DIMS, xs, strict=True)), lengths=LENGTHS, present=PRESENT)
+
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: WeightedFusion([], 3), "WeightedFusion: in_features is empty"),
+        (lambda: WeightedFusion([2], 3, activation="tanh"), "activation is 'tanh', wanted one of none, relu"),
+        (lambda: GatedFusion([], 3), "GatedFusion: in_features is empty"),
+        (lambda: LowRankFusion([2], 3, rank=0), "LowRankFusion: rank is 0, wanted at least 1"),
+        (lambda: BottleneckFusion(8, 2, {}), "BottleneckFusion: source_dims is empty"),
+        (lambda: PairwiseFusion(8, 3, DIMS), "num_heads is 3, wanted a divisor of 8"),
+        (lambda: PairwiseFusion(8, 2, DIMS)({"image": torch.zeros(1, 1, 5)}), "sources has no text, audio"),
+    ],
+)
+def test_a_wrong_description_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

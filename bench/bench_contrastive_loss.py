@@ -87,12 +87,14 @@ def _inputs(
 def _whole(kind: str, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     logits = scale * a @ b.T
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if bias is not None:
+        logits = logits + bias
     if kind == "softmax":
         target = torch.arange(len(a), device=a.device)
         both = [F.cross_entropy(z, target, reduction="sum") for z in (logits, logits.T)]
         return (both[0] + both[1]) / 2
     labels = 2 * torch.eye(len(a), dtype=logits.dtype, device=a.device) - 1
-    return -F.logsigmoid(labels * (logits + bias)).sum()
+    return -F.logsigmoid(labels * logits).sum()
 
 
 def _variants(kind: str, device: str) -> dict[str, Call]:

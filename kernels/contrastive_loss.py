@@ -234,10 +234,9 @@ def contrastive_loss_backward(
     sums = logit_scale.new_zeros(2, n) if any(need_scalars) else None
     options: dict[str, Any] = configuration("contrastive_loss", "gradient", a, a.dtype, UNTUNED)
     lses = (None, None) if lse is None else lse.contiguous().unbind(0)
+    sides = (d_a, sums, a, b, lses), (d_b, None, b, a, lses[::-1])
     with on(a.device):
-        for out, of_slopes, x, y, x_lse, y_lse in (
-            (d_a, sums, a, b, *lses), (d_b, None, b, a, *reversed(lses))
-        ):  # fmt: skip
+        for out, of_slopes, x, y, (x_lse, y_lse) in sides:
             if n == 0 or (out is None and of_slopes is None):
                 continue
             parts = 1 if out is None else max(1, triton.cdiv(features, options["BLOCK_E"]))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from check import cast, check, isas, python
-from test_contrastive_loss import KINDS, MEANT, each, example, on, ours
+from test_contrastive_loss import KINDS, MEANT, example, on, ours
 
 from mmfast import _native
 from mmfast.ops import available, reference

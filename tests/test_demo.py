@@ -11,6 +11,7 @@ from types import ModuleType
 import matplotlib.pyplot as plt
 import pytest
 from matplotlib.axes import Axes
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -104,6 +105,10 @@ def test_a_model_that_attends_tells_its_shares(tmp_path: Path) -> None:
     shares = json.loads((out / "summary.json").read_text())["attention"]
     assert shares.keys() == {"image", "text", "audio"}
     assert all(share > 0 for share in shares.values()) and math.isclose(sum(shares.values()), 1, rel_tol=1e-3)
+    assert (out / "report.png").stat().st_size > 20_000
+    boards = [EventAccumulator(str(file)).Reload() for file in out.rglob("events.out.*")]
+    tags = [board.Tags()["scalars"] for board in boards]
+    assert any({f"validation/share/{name}" for name in shares} <= set(scalars) for scalars in tags), tags
 
 
 def test_a_wrong_argument_is_one_line(tmp_path: Path) -> None:

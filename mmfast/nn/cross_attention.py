@@ -76,6 +76,7 @@ class CrossModalAttention(nn.Module):
         _require_names("causal", causal, source_dims)
         self.heads, self.kv_heads, self.head_dim = num_heads, kv_heads, embed_dim // num_heads
         self.causal = [name in causal for name in source_dims]
+        self.widths = tuple(source_dims.values())
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         inner = 2 * kv_heads * self.head_dim  # keys, then values
         self.query = ConcatLinear([embed_dim], embed_dim, bias, norm=norm, **made)
@@ -172,21 +173,29 @@ class CrossModalAttention(nn.Module):
             ``[B, L, E]``.
 
         Raises:
-            ValueError: a source is not there or unknown, or see ``mmfast.ops.cross_attention``.
+            TypeError: an argument is not of the kind above.
+            ValueError: a source is not there or unknown, a shape or dtype does not fit, or see
+                ``mmfast.ops.cross_attention``.
         """
-        lengths, masks = lengths or {}, masks or {}
-        for argument, given in (("sources", sources), ("lengths", lengths), ("masks", masks)):
+        lengths, masks = {} if lengths is None else lengths, {} if masks is None else masks
+        _require_streams(sources, self.sources)
+        for argument, given in (("lengths", lengths), ("masks", masks)):
+            _require_mapping(argument, given)
             _require_names(argument, given, self.sources)
-        absent = [name for name in self.sources if name not in sources]
-        if absent:
-            raise ValueError(f"CrossModalAttention: sources has no {', '.join(absent)}")
+        if x.dim() != 3:
+            raise _wrong("x", list(x.shape), f"[B, L, {self.heads * self.head_dim}]")
+        batch, n = len(x), len(self.sources)
+        _require_flags("present", present, (batch, n), (batch, x.shape[1], n))
         query = self.query_norm(self.query([x]).unflatten(-1, (self.heads, self.head_dim)))  # [B, L, H, D]
         pairs = []
         for i, (name, project) in enumerate(self.sources.items()):
-            source = sources[name]
-            there = _there(
-                source, lengths.get(name), masks.get(name), None if present is None else present[..., i]
-            )
+            source, length, mask = sources[name], lengths.get(name), masks.get(name)
+            if source.dim() != 3 or source.shape[0] != batch or source.shape[2] != self.widths[i]:
+                raise _wrong(f"{name} in sources", list(source.shape), f"[{batch}, S, {self.widths[i]}]")
+            if length is not None and (not isinstance(length, Tensor) or length.shape != (batch,)):
+                raise _wrong(f"{name} in lengths", _got(length), f"integers [{batch}]")
+            _require_flags(f"{name} in masks", mask, (batch, source.shape[1]))
+            there = _there(source, length, mask, None if present is None else present[..., i])
             if there is None:
                 projected = project([source])
             else:  # token by token: what is not there costs no product
@@ -315,6 +324,7 @@ class PerceiverResampler(nn.Module):
         super().__init__()
         if LATENTS in source_dims:
             raise ValueError(f"PerceiverResampler: source_dims has {LATENTS!r}, which names its own stream")
+        self.streams = tuple(source_dims)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.latents = nn.Parameter(torch.empty(num_latents, embed_dim, **made))
         nn.init.normal_(self.latents, std=0.02)
@@ -337,7 +347,9 @@ class PerceiverResampler(nn.Module):
 
         The other arguments are those of ``CrossModalAttention``.
         """
+        _require_streams(sources, self.streams)
         first = next(iter(sources.values()))
+        _require_flags("present", present, (len(first), len(self.streams)))
         if present is not None:
             present = torch.cat([present, present.new_ones(len(present), 1)], 1)
         latents = self.latents.expand(len(first), -1, -1)
@@ -355,6 +367,38 @@ def _require_names(argument: str, names: Iterable[str], known: Iterable[str]) ->
             raise ValueError(
                 f"CrossModalAttention: {argument} has {name!r}, wanted one of {', '.join(known)}"
             )
+
+
+def _require_mapping(argument: str, given: Any) -> None:
+    if not isinstance(given, Mapping):
+        got = type(given).__name__
+        raise TypeError(f"CrossModalAttention: {argument} is a {got}, wanted a tensor for each name")
+
+
+def _require_streams(sources: Any, known: Iterable[str]) -> None:
+    _require_mapping("sources", sources)
+    _require_names("sources", sources, known)
+    absent = [name for name in known if name not in sources]
+    if absent:
+        raise ValueError(f"CrossModalAttention: sources has no {', '.join(absent)}")
+
+
+def _require_flags(argument: str, given: Any, *shapes: tuple[int, ...]) -> None:
+    if given is None:
+        return
+    if not isinstance(given, Tensor) or given.dtype != torch.bool or given.shape not in shapes:
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        raise _wrong(argument, _got(given), f"bool {wanted}")
+
+
+def _got(given: Any) -> str:
+    if not isinstance(given, Tensor):
+        return f"a {type(given).__name__}"
+    return f"{given.dtype} {list(given.shape)}"
+
+
+def _wrong(argument: str, got: object, wanted: str) -> ValueError:
+    return ValueError(f"CrossModalAttention: {argument} is {got}, wanted {wanted}")
 
 
 def _there(

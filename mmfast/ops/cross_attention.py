@@ -1,6 +1,7 @@
 """``cross_attention``: one softmax over the keys of several sources, which are never concatenated."""
 
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any, Literal, overload
 
 import torch
@@ -93,11 +94,14 @@ def cross_attention(
     """
     _require_pairs(sources)
     n = len(sources)
+    _require("query", query, Tensor, "a tensor")
+    _require("scale", scale, (int, float, NoneType), "a number or None")
+    _require("return_stats", return_stats, bool, "a bool")
     lengths, masks = _per_source("lengths", lengths, n), _per_source("masks", masks, n)
-    causal = [causal] * n if isinstance(causal, bool) else list(causal)
+    causal = _causal_of_each(causal, n)
     query, *kv = autocast(query, *(t for source in sources for t in source))
     keys, values = kv[::2], kv[1::2]
-    _check(query, keys, values, lengths, masks, present, causal, source_bias)
+    _check(query, keys, values, lengths, masks, present, source_bias)
     backend = choose("cross_attention", query.device)
     if backend == "reference":
         return reference.cross_attention(
@@ -178,18 +182,21 @@ def _wrong(name: str, got: object, wanted: str) -> ValueError:
     return ValueError(f"cross_attention: {name} is {got}, wanted {wanted}")
 
 
+def _require(name: str, given: Any, kind: Any, wanted: str) -> None:
+    if not isinstance(given, kind):
+        raise TypeError(f"cross_attention: {name} is a {type(given).__name__}, wanted {wanted}")
+
+
 def _require_pairs(sources: Any) -> None:
-    if not isinstance(sources, list | tuple):
-        raise TypeError(
-            f"cross_attention: sources is a {type(sources).__name__}, wanted a list of (key, value) pairs"
-        )
+    _require("sources", sources, list | tuple, "a list of (key, value) pairs")
     if not 1 <= len(sources) <= MOST_SOURCES:
         raise _wrong("the number of sources", len(sources), f"1 to {MOST_SOURCES}")
     for i, source in enumerate(sources):
-        if isinstance(source, Tensor) or not (
+        if not (
             isinstance(source, list | tuple)
             and len(source) == 2
-            and all(isinstance(t, Tensor) for t in source)
+            and isinstance(source[0], Tensor)
+            and isinstance(source[1], Tensor)
         ):
             raise TypeError(
                 f"cross_attention: sources[{i}] is a {type(source).__name__}, wanted (key, value)"
@@ -199,12 +206,18 @@ def _require_pairs(sources: Any) -> None:
 def _per_source(name: str, given: Any, n: int) -> list[Tensor | None]:
     if given is None:
         return [None] * n
-    if not isinstance(given, list | tuple):
-        raise TypeError(
-            f"cross_attention: {name} is a {type(given).__name__}, wanted a list, one for each source"
-        )
+    _require(name, given, list | tuple, "a list, one for each source")
     if len(given) != n:
         raise _wrong(f"the number of {name}", len(given), f"{n}, one for each source")
+    return list(given)
+
+
+def _causal_of_each(given: Any, n: int) -> list[bool]:
+    if isinstance(given, bool):
+        return [given] * n
+    _require("causal", given, list | tuple, "a bool or a list of them, one for each source")
+    if len(given) != n or not all(isinstance(one, bool) for one in given):
+        raise _wrong("causal", list(given), f"a bool or {n} of them, one for each source")
     return list(given)
 
 
@@ -214,9 +227,8 @@ def _check(
     values: Sequence[Tensor],
     lengths: Sequence[Tensor | None],
     masks: Sequence[Tensor | None],
-    present: Tensor | None,
-    causal: Sequence[bool],
-    source_bias: Tensor | None,
+    present: Any,
+    source_bias: Any,
 ) -> None:
     dtype, device, n = query.dtype, query.device, len(keys)
     if dtype not in DTYPES:
@@ -226,43 +238,39 @@ def _check(
     batch, heads, queries, depth = query.shape
     if depth == 0:
         raise _wrong("query", query.shape, "at least one feature a head")
-    if len(causal) != n or not all(isinstance(one, bool) for one in causal):
-        raise _wrong("causal", list(causal), f"a bool or {n} of them, one for each source")
-    for i, (key, value) in enumerate(zip(keys, values, strict=True)):
-        for name, one in ((f"key of sources[{i}]", key), (f"value of sources[{i}]", value)):
+    kv_heads = value_depth = None
+    for i, (key, value, length, mask) in enumerate(zip(keys, values, lengths, masks, strict=True)):
+        of_key, of_value = key.shape, value.shape  # once: to look at a tensor takes time
+        for name, one, shape in (("key", key, of_key), ("value", value, of_value)):
             if one.dtype != dtype or one.device != device:
-                raise _wrong(name, f"{one.dtype} on {one.device}", f"query's {dtype} on {device}")
-            if one.dim() != 4:
-                raise _wrong(name, one.shape, "[B, Hkv, S, features]")
-        kv_heads = key.shape[1]
-        if key.shape[0] != batch or key.shape[3] != depth:
-            raise _wrong(f"key of sources[{i}]", key.shape, f"[{batch}, Hkv, S, {depth}] like query")
-        if kv_heads != keys[0].shape[1]:
-            raise _wrong(f"key of sources[{i}]", key.shape, f"{keys[0].shape[1]} heads as in sources[0]")
+                got = f"{one.dtype} on {one.device}"
+                raise _wrong(f"{name} of sources[{i}]", got, f"query's {dtype} on {device}")
+            if len(shape) != 4:
+                raise _wrong(f"{name} of sources[{i}]", shape, "[B, Hkv, S, features]")
+        size = of_key[2]
+        if kv_heads is None:
+            kv_heads, value_depth = of_key[1], of_value[3]
+        if of_key[0] != batch or of_key[3] != depth:
+            raise _wrong(f"key of sources[{i}]", of_key, f"[{batch}, Hkv, S, {depth}] like query")
+        if of_key[1] != kv_heads:
+            raise _wrong(f"key of sources[{i}]", of_key, f"{kv_heads} heads as in sources[0]")
         if kv_heads == 0 or heads % kv_heads:
-            raise _wrong(f"key of sources[{i}]", key.shape, f"heads that divide query's {heads}")
-        if value.shape[:3] != key.shape[:3] or value.shape[3] != values[0].shape[3]:
-            wanted = [*key.shape[:3], values[0].shape[3]]
-            raise _wrong(f"value of sources[{i}]", value.shape, f"{wanted} as its key and the first value")
-        for name, t, shape in (("lengths", lengths[i], (batch,)), ("masks", masks[i], (batch, key.shape[2]))):
-            if t is None:
-                continue
-            if not isinstance(t, Tensor):
-                raise TypeError(
-                    f"cross_attention: {name}[{i}] is a {type(t).__name__}, wanted a tensor or None"
-                )
-            kinds = INTEGERS if name == "lengths" else (torch.bool,)
-            if t.dtype not in kinds or t.device != device:
-                wanted_kind = " or ".join(map(str, kinds))
-                raise _wrong(f"{name}[{i}]", f"{t.dtype} on {t.device}", f"{wanted_kind} on {device}")
-            if t.shape != shape:
-                raise _wrong(f"{name}[{i}]", t.shape, f"{list(shape)}")
+            raise _wrong(f"key of sources[{i}]", of_key, f"heads that divide query's {heads}")
+        if of_value != (batch, kv_heads, size, value_depth):
+            wanted = [batch, kv_heads, size, value_depth]
+            raise _wrong(f"value of sources[{i}]", of_value, f"{wanted} as its key and the first value")
+        if length is not None:
+            _check_visible(f"lengths[{i}]", length, INTEGERS, (batch,), device)
+        if mask is not None:
+            _check_visible(f"masks[{i}]", mask, (torch.bool,), (batch, size), device)
     if present is not None:
+        _require("present", present, Tensor, "a tensor or None")
         if present.dtype != torch.bool or present.device != device:
             raise _wrong("present", f"{present.dtype} on {present.device}", f"torch.bool on {device}")
         if present.shape not in ((batch, n), (batch, queries, n)):
             raise _wrong("present", present.shape, f"[{batch}, {n}] or [{batch}, {queries}, {n}]")
     if source_bias is not None:
+        _require("source_bias", source_bias, Tensor, "a tensor or None")
         if source_bias.dtype not in (dtype, torch.float32) or source_bias.device != device:
             got = f"{source_bias.dtype} on {source_bias.device}"
             raise _wrong("source_bias", got, f"{dtype} or torch.float32 on {device}")
@@ -270,6 +278,17 @@ def _check(
             raise _wrong(
                 "source_bias", source_bias.shape, f"[{n}], [{heads}, {n}] or [{batch}, {heads}, {n}]"
             )
+
+
+def _check_visible(
+    name: str, given: Any, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], device: torch.device
+) -> None:
+    _require(name, given, Tensor, "a tensor or None")
+    if given.dtype not in dtypes or given.device != device:
+        wanted = " or ".join(map(str, dtypes))
+        raise _wrong(name, f"{given.dtype} on {given.device}", f"{wanted} on {device}")
+    if given.shape != shape:
+        raise _wrong(name, given.shape, f"{list(shape)}")
 
 
 def _forward_fake(

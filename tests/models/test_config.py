@@ -9,6 +9,7 @@ from mmfast.data.modality import Image
 from mmfast.errors import UserError
 from mmfast.models import (
     ArticleConfig,
+    Attention,
     AudioTransformer,
     Concat,
     FusionConfig,
@@ -50,6 +51,13 @@ def test_yaml_says_what_python_says(tmp_path):
         dropout=0.2,
         modality_dropout=0.3,
     )
+
+
+def test_a_fusion_by_attention_is_one_word_in_the_yaml(tmp_path):
+    text = YAML.replace("{class_path: Concat, init_args: {dim: 64, activation: relu}}", "Attention")
+    assert parse(tmp_path, text).fusion == Attention()
+    text = YAML.replace("Concat, init_args: {dim: 64, activation: relu}", "Attention, init_args: {heads: 2}")
+    assert parse(tmp_path, text).fusion == Attention(heads=2)
 
 
 def test_every_key_can_be_set_on_the_command_line(tmp_path):

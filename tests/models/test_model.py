@@ -164,6 +164,20 @@ def test_attention_tells_the_share_of_each_modality_outside_of_training():
     assert not shares.requires_grad
 
 
+def test_shares_are_means_over_queries_heads_and_layers():
+    model, batch = make(ATTENTION), make_batch()
+    made = []
+    for block in model.fusion.blocks:
+        block.register_forward_hook(lambda _, args, result: made.append(result))
+    output = model(batch)
+    masses = torch.stack([stats.mass for _, stats in made])  # [layers, B, H, queries, n]
+    assert len(made) == 2 and not torch.allclose(*masses)
+    shares = torch.stack([output[f"share/{name}"] for name in ATTENTION.encoders], dim=1)
+    torch.testing.assert_close(shares, masses.mean(dim=(0, 2, 3)))
+    fused = model.fusion.norm(made[-1][0]).mean(dim=1)
+    torch.testing.assert_close(output["label"], model.heads["label"](fused))
+
+
 def test_any_encoder_fusion_and_head_fit_in():
     class Sum(torch.nn.Module):
         def forward(self, features, present):

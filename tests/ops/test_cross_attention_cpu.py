@@ -4,6 +4,7 @@ import pytest
 import torch
 from check import cast, check, isas, python, run
 from test_cross_attention import OPTIONS, all_of, example, on
+from test_cross_attention_absence import check_hidden
 
 from mmfast import _native
 from mmfast.ops import available, reference
@@ -100,9 +101,10 @@ SPLIT = {
 }  # its keys are split among threads
 
 
-def test_a_hundred_runs_of_two_threads_give_the_same_bits():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_hundred_runs_of_two_threads_give_the_same_bits(dtype):
     arguments = example(1, **SPLIT, lengths=True, masks=True, causal=True, bias=2)
-    arguments = cast(arguments, torch.float32)
+    arguments = cast(arguments, dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     first = run(all_of(on("cpu")), arguments)
@@ -112,6 +114,16 @@ def test_a_hundred_runs_of_two_threads_give_the_same_bits():
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("queries", [9, 40])
+def test_what_is_hidden_cannot_reach_a_bit_in_any_instruction_set(isa, queries):
+    """Split keys too, and masks that leave a block of keys gathered from here and there."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for value in (torch.nan, torch.inf):
+            options = {"queries": queries, "sizes": (1000, 1, 700), "masks": True, "lengths": True, "bias": 3}
+            check_hidden(on("cpu"), value, dtype, **options)
+
+
 def test_any_number_of_threads_is_as_exact():
     arguments = example(1, **SPLIT, lengths=True, masks=True, causal=True, bias=2)
     before = torch.get_num_threads()
@@ -119,6 +131,48 @@ def test_any_number_of_threads_is_as_exact():
         torch.set_num_threads(threads)
         check(all_of(on("cpu")), all_of(reference.cross_attention), arguments, torch.float32)
     torch.set_num_threads(before)
+
+
+class _Attended(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, n):
+        return run(all_of(on("cpu")), cast(example(1, **SPLIT, lengths=True, bias=2, seed=n), torch.float32))
+
+
+def test_it_runs_forward_and_backward_in_the_forked_workers_of_a_data_loader():
+    """The parent's threads exist already when its workers are forked; they do not come along."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker: how keys are split follows the number of threads
+    wanted = [_Attended()[n] for n in range(2)]
+    torch.set_num_threads(2)
+    _Attended()[0]
+    workers = torch.utils.data.DataLoader(
+        _Attended(), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60
+    )
+    for found, meant in zip(workers, wanted, strict=True):
+        assert all(torch.equal(found[key], meant[key]) for key in meant)
+    torch.set_num_threads(before)
+
+
+THREADS = """
+import os, torch
+from mmfast.ops import backend, cross_attention
+def threads(count):
+    torch.set_num_threads(count)
+    x = torch.randn(2, 8, 300, 64, requires_grad=True)
+    with backend("cpu"):
+        cross_attention(x, [(x, x)] * 2).sum().backward()
+    return len(os.listdir("/proc/self/task"))
+before = len(os.listdir("/proc/self/task"))
+print(*(threads(count) - before for count in (1, 3)))
+"""
+
+
+def test_it_takes_as_many_threads_as_torch_is_set_to():
+    alone, three = map(int, python(THREADS).split())
+    assert alone == 0 and three == 2
 
 
 PEAK = """

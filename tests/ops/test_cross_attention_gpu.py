@@ -3,7 +3,8 @@
 import pytest
 import torch
 from check import cast, check, compiled, run
-from test_cross_attention import OPTIONS, all_of, example, on, poisoned
+from test_cross_attention import OPTIONS, all_of, example, on
+from test_cross_attention_absence import poisoned
 from torch.utils._pytree import tree_map_only
 
 from mmfast.ops import reference

@@ -32,14 +32,14 @@ def example(seed=0, dtype=torch.float64):
     return x, sources, {"lengths": lengths, "masks": masks, "present": present}
 
 
-def hidden(name, visible):
+def hidden(name, visible, sizes=SIZES):
     """bool [B, S, 1]: the steps of a source that nobody sees."""
-    there = torch.ones(B, SIZES[name], dtype=torch.bool)
+    there = torch.ones(B, sizes[name], dtype=torch.bool)
     if name in visible["lengths"]:
-        there &= torch.arange(SIZES[name]) < visible["lengths"][name][:, None]
+        there &= torch.arange(sizes[name]) < visible["lengths"][name][:, None]
     if name in visible["masks"]:
         there &= visible["masks"][name]
-    return ~(there & visible["present"][:, [list(DIMS).index(name)]])[..., None]
+    return ~(there & visible["present"][:, [list(sizes).index(name)]])[..., None]
 
 
 def randomised(layer, seed=1):
@@ -58,32 +58,52 @@ def results(layer, *arguments, call=None, **options):
     return [out, *torch.autograd.grad(out, list(layer.parameters()), upstream)]
 
 
+def linear(layer, t):
+    if layer.norm_eps is not None:
+        t = F.layer_norm(t, t.shape[-1:], layer.norm_weight, layer.norm_bias, layer.norm_eps)
+    return F.linear(t, layer.weight, layer.bias)
+
+
+def gated(layer, t):
+    return linear(layer, t) * (1 if layer.gate is None else layer.gate.tanh())
+
+
 def by_hand(layer, x, sources, visible, residual):
     """What CrossModalAttention promises, with concatenation, a mask and PyTorch's attention."""
     kv_heads, depth = layer.kv_heads, layer.head_dim
+    sizes = {name: source.shape[1] for name, source in sources.items()}
 
     def heads(t, count):  # [B, S, count D] -> [B, count, S, D]
         return t.unflatten(-1, (count, depth)).transpose(1, 2)
 
-    def linear(layer, t):
-        if layer.norm_eps is not None:
-            t = F.layer_norm(t, t.shape[-1:], layer.norm_weight, layer.norm_bias, layer.norm_eps)
-        return F.linear(t, layer.weight, layer.bias)
-
     query = layer.query_norm(heads(linear(layer.query, x), layer.heads))
     keys, values, bias = [], [], []
     for i, (name, project) in enumerate(layer.sources.items()):
-        gone = hidden(name, visible)
+        gone = hidden(name, visible, sizes)
         key, value = linear(project, sources[name].masked_fill(gone, 0)).chunk(2, -1)
         keys.append(layer.key_norm(heads(key, kv_heads)))
         values.append(heads(value, kv_heads))
-        add = layer.source_bias[:, i, None, None].expand(B, H, 1, SIZES[name])
+        add = x.new_zeros(H) if layer.source_bias is None else layer.source_bias[:, i]
+        add = add[:, None, None].expand(B, H, 1, sizes[name])
         bias.append(add.masked_fill(gone[:, None, None, :, 0], -torch.inf))
     out = F.scaled_dot_product_attention(
         query, torch.cat(keys, 2), torch.cat(values, 2), attn_mask=torch.cat(bias, -1), enable_gqa=True
     )
     out = torch.where(torch.cat(bias, -1).isfinite().any(-1, keepdim=True), out, 0)
-    return residual + layer.project.gate.tanh() * linear(layer.project, out.transpose(1, 2).flatten(2))
+    return residual + gated(layer.project, out.transpose(1, 2).flatten(2))
+
+
+def block_by_hand(block, x, sources, visible, activation=F.gelu):
+    x = by_hand(block.attention, x, sources, visible, x)
+    return x + gated(block.down, activation(linear(block.up, x)))
+
+
+def resampler_by_hand(model, sources, visible):
+    latents = model.latents.expand(B, -1, -1)
+    visible = {**visible, "present": F.pad(visible["present"], (0, 1), value=True)}
+    for block in model.blocks:
+        latents = block_by_hand(block, latents, {**sources, "latents": latents}, visible)
+    return F.layer_norm(latents, (E,), model.norm.weight, model.norm.bias)
 
 
 @pytest.mark.parametrize("kv_heads", [None, 2, 1])
@@ -97,6 +117,54 @@ def test_it_is_the_attention_that_one_would_write_by_hand(kv_heads):
     ours = results(layer, x, sources, **visible, residual=x)
     theirs = results(layer, x, sources, visible, x, call=functools.partial(by_hand, layer))
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("gate", [None, "scalar", "channel"])
+def test_a_block_is_the_one_that_one_would_write_by_hand(gate):
+    block = CrossModalBlock(
+        E, H, DIMS, gate=gate, mlp_ratio=1.5, activation="silu", num_kv_heads=2, dtype=torch.float64
+    )
+    assert block.up.weight.shape == (48, E)
+    randomised(block)
+    x, sources, visible = example()
+    ours = results(block, x, sources, **visible)
+    theirs = results(block, x, sources, visible, F.silu, call=functools.partial(block_by_hand, block))
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_a_resampler_is_the_one_that_one_would_write_by_hand():
+    model = randomised(
+        PerceiverResampler(E, H, DIMS, num_latents=5, depth=2, qk_norm=True, dtype=torch.float64)
+    )
+    _, sources, visible = example()
+    ours = results(model, sources, **visible)
+    theirs = results(model, sources, visible, call=functools.partial(resampler_by_hand, model))
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2])
+def test_statistics_are_those_of_the_attention(kv_heads):
+    """The mass that each source has in the weights of PyTorch's attention, whose values are shares."""
+    layer = randomised(
+        CrossModalAttention(E, H, DIMS, num_kv_heads=kv_heads, source_bias=True, dtype=torch.float64)
+    )
+    x, sources, visible = example()
+    out, stats = layer(x, sources, **visible, return_stats=True)
+    assert torch.equal(out, layer(x, sources, **visible))
+    query = linear(layer.query, x).unflatten(-1, (H, -1)).transpose(1, 2)
+    logits = []
+    for i, (name, project) in enumerate(layer.sources.items()):
+        key = (
+            linear(project, sources[name]).chunk(2, -1)[0].unflatten(-1, (layer.kv_heads, -1)).transpose(1, 2)
+        )
+        key = key.repeat_interleave(H // layer.kv_heads, 1)
+        own = query @ key.mT * layer.head_dim**-0.5 + layer.source_bias[:, i, None, None]
+        logits.append(own.masked_fill(hidden(name, visible).mT[:, None], -torch.inf))
+    lse = torch.cat(logits, -1).logsumexp(-1)
+    torch.testing.assert_close(stats.lse, lse)
+    mass = torch.stack([(own - lse[..., None]).exp().sum(-1) for own in logits], -1)
+    torch.testing.assert_close(stats.mass[:3], mass[:3])
+    assert not stats.mass.requires_grad and stats.mass[3].eq(0).all()
 
 
 def test_what_is_hidden_changes_no_bit_of_the_output_or_of_any_weights_gradient():
@@ -201,6 +269,39 @@ def test_mistakes_are_named():
         layer(x, {**sources, "radar": x})
     with pytest.raises(ValueError, match="lengths has 'sond', wanted one of image, sound"):
         layer(x, sources, lengths={"sond": torch.ones(B)})
+    with pytest.raises(ValueError, match="sources has no image, sound"):
+        PerceiverResampler(E, H, DIMS)({})
+
+
+WRONG = {
+    r"x is \[6, 32\], wanted \[B, L, 32\]": (ValueError, {"x": torch.ones(L, E)}),
+    "sources is a list, wanted a tensor for each name": (TypeError, {"sources": [1]}),
+    "lengths is a Tensor, wanted a tensor for each name": (TypeError, {"lengths": torch.ones(B)}),
+    r"sound in sources is \[4, 21, 11\], wanted \[4, S, 10\]": (
+        ValueError,
+        {"sources": {"image": torch.ones(B, 9, 24), "sound": torch.ones(B, 21, 11)}},
+    ),
+    r"sound in lengths is torch.int64 \[3\], wanted integers \[4\]": (
+        ValueError,
+        {"lengths": {"sound": torch.ones(3, dtype=torch.int64)}},
+    ),
+    r"sound in masks is torch.bool \[4, 20\], wanted bool \[4, 21\]": (
+        ValueError,
+        {"masks": {"sound": torch.ones(B, 20, dtype=torch.bool)}},
+    ),
+    r"present is torch.bool \[4, 1\], wanted bool \[4, 2\] or \[4, 6, 2\]": (
+        ValueError,
+        {"present": torch.ones(B, 1, dtype=torch.bool)},
+    ),
+    r"present is torch.int64 \[4, 2\]": (ValueError, {"present": torch.ones(B, 2, dtype=torch.int64)}),
+}
+
+
+@pytest.mark.parametrize(("message", "kind", "wrong"), [(m, *w) for m, w in WRONG.items()], ids=WRONG)
+def test_errors_name_what_was_got_and_what_was_wanted(message, kind, wrong):
+    x, sources, _ = example(dtype=torch.float32)
+    with pytest.raises(kind, match=f"CrossModalAttention: {message}"):
+        CrossModalAttention(E, H, DIMS)(**{"x": x, "sources": sources, **wrong})
 
 
 def test_one_graph_serves_twenty_mixes_of_lengths():

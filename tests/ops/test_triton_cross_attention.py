@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import test_cross_attention as suite
+import test_cross_attention_absence as absence
 import torch
 from check import cast, check, run
 
@@ -46,11 +47,11 @@ PROMISES = {
         if name in ("plain", "lengths", "masks", "present", "causal in one source", "everything")
     },
     "what is hidden": partial(
-        suite.test_what_is_hidden_cannot_reach_a_bit, "triton", torch.nan, {"masks": True, "lengths": True}
+        absence.test_what_is_hidden_cannot_reach_a_bit, "triton", torch.nan, {"masks": True, "lengths": True}
     ),
-    "what a query does not see": partial(suite.test_what_a_query_does_not_see_cannot_reach_it, "triton"),
+    "what a query does not see": partial(absence.test_what_a_query_does_not_see_cannot_reach_it, "triton"),
     "a query that sees nothing": partial(
-        suite.test_a_query_that_sees_nothing_gets_zero_and_gives_no_gradient, "triton"
+        absence.test_a_query_that_sees_nothing_gets_zero_and_gives_no_gradient, "triton"
     ),
     "an empty source": partial(suite.test_zero_rows, "triton", {"sizes": (0, 40)}),
     "only the bias": partial(suite.test_only_the_gradients_that_are_needed, "triton", "source_bias"),
@@ -65,7 +66,7 @@ def test_the_promises_hold_where_keys_are_split(splits, promise):
 
 def test_visible_nan_propagates_out_of_its_split(splits, monkeypatch):
     monkeypatch.setattr(_attention, "_LEAST_KEYS", 4)
-    suite.test_visible_nan_propagates("triton")
+    absence.test_visible_nan_propagates("triton")
     assert min(splits) > 1
 
 
@@ -101,6 +102,18 @@ def test_splits_share_what_is_seen_and_not_what_is_hidden(splits, monkeypatch):
     arguments["lengths"] = [torch.tensor([16]), None, torch.tensor([50])]
     ours(**arguments)
     assert tops[0].shape == (6, 1, 1, 3) and (tops[0] > -torch.inf).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "depth", "kind", "message"),
+    [
+        (torch.float64, 16, TypeError, "got float64, wanted float32, bfloat16 or float16"),
+        (torch.float32, 257, ValueError, "got 257 and 257 features a head, wanted at most 256"),
+    ],
+)
+def test_what_it_cannot_do_is_an_error_that_says_so(dtype, depth, kind, message):
+    with pytest.raises(kind, match=message):
+        ours(**cast(suite.example(1, 1, 3, (5,), depth, kv_heads=1), dtype))
 
 
 def test_few_queries_are_split_until_the_device_is_full(monkeypatch):

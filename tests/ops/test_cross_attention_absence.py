@@ -1,0 +1,194 @@
+"""What is not visible reaches no bit of cross_attention, forward or backward; what is visible does."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from check import assert_promised, cast, dtypes, run
+from test_cross_attention import BACKENDS, KERNELS, all_of, example, example_for, on
+
+from mmfast.ops import reference
+
+
+def poisoned(arguments, value):
+    """The same arguments with `value` in every key and value that no query of its sample sees."""
+    query, sources = arguments["query"], arguments["sources"]
+    kv_heads, bias = sources[0][0].shape[1], arguments.get("source_bias", torch.zeros(len(sources)))
+    used = bias.expand(*query.shape[:2], len(sources)) != -torch.inf
+    used = used.unflatten(1, (kv_heads, -1)).any(2)  # [B, Hkv, n]
+    spoilt = []
+    for i, (key, val) in enumerate(sources):
+        seen = reference._visible(
+            query,
+            key.shape[2],
+            (arguments.get("lengths") or [None] * len(sources))[i],
+            (arguments.get("masks") or [None] * len(sources))[i],
+            arguments["present"][..., i] if "present" in arguments else None,
+            False,
+        )
+        hidden = ~(seen.any(2) & used[..., i, None])[..., None]  # [B, Hkv, S, 1]
+        assert hidden.any()
+        spoilt.append(
+            tuple(torch.where(hidden, value, t.detach()).requires_grad_(t.requires_grad) for t in (key, val))
+        )
+    return {**arguments, "sources": spoilt}
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    "options", [{"masks": True, "lengths": True}, {"present": 2, "lengths": True, "causal": True}]
+)
+def test_what_is_hidden_cannot_reach_a_bit(name, value, options):
+    for queries in (9,) if name == "triton" else (9, 40):  # keys are read in place, or packed
+        for dtype in dtypes(name):
+            check_hidden(on(name), value, dtype, name=name, queries=queries, **options)
+
+
+def check_hidden(op, value, dtype, *, name="", **options):
+    sizes = (40 if name == "triton" else 70, 9, 20)
+    arguments = cast(example_for(name, 3, **{"sizes": sizes, "seed": 3, **options}), dtype)
+    for i in range(3):  # something to hide in every source
+        arguments["lengths"][i] = torch.tensor([4, 0, arguments["sources"][i][0].shape[2]])
+    if "source_bias" in arguments:  # and a source from a key head
+        with torch.no_grad():
+            arguments["source_bias"][..., : arguments["query"].shape[1] // 2, 2] = -torch.inf
+    before = run(all_of(op), arguments)
+    after = run(all_of(op), poisoned(arguments, value))
+    for key in before:
+        assert torch.equal(before[key], after[key]), key
+        assert key == "out" or before[key].isfinite().all(), key
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_what_a_bias_or_each_querys_presence_hides_cannot_reach_a_bit(name):
+    for dtype in (torch.float32,) if name == "triton" else dtypes(name):
+        check_hidden(on(name), torch.nan, dtype, name=name, present=3, lengths=True, bias=3)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_what_a_query_does_not_see_cannot_reach_it(name):
+    """The last key is for the last query, one source for half of them: nan there stays out of the others."""
+    for dtype in dtypes(name):
+        arguments = cast(
+            example_for(name, 1, queries=13, sizes=(13, 40), causal=[True, False], seed=1), dtype
+        )
+        arguments["present"] = torch.ones(1, 13, 2, dtype=torch.bool)
+        arguments["present"][:, 2::3, 1] = False
+        spoilt = cast(arguments, dtype)
+        with torch.no_grad():
+            for t in (*spoilt["sources"][0],):
+                t[:, :, -1] = torch.nan
+        before, after = run(on(name), arguments), run(on(name), spoilt)
+        for key in ("out", "gradient of ['query']"):
+            assert torch.equal(before[key][:, :, :-1], after[key][:, :, :-1]), key
+        assert after["out"][:, :, -1].isnan().all()
+        with torch.no_grad():
+            spoilt = cast(arguments, dtype)
+            for t in (*spoilt["sources"][1],):
+                t.fill_(torch.nan)
+        after = run(on(name), spoilt)
+        for key in ("out", "gradient of ['query']"):
+            assert torch.equal(before[key][:, :, 2::3], after[key][:, :, 2::3]), key
+            assert after[key][:, :, 0::3].isnan().all()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("queries", [9, 40])
+def test_what_a_head_does_not_see_cannot_reach_it(name, queries):
+    """A source that a bias hides from one of two heads that share its keys."""
+    arguments = cast(example(1, 2, queries, (20, 30), kv_heads=1, bias=2), torch.float32)
+    with torch.no_grad():
+        arguments["source_bias"][0, 1] = -torch.inf
+    spoilt = cast(arguments, torch.float32)
+    with torch.no_grad():
+        for t in spoilt["sources"][1]:
+            t[:, :, ::3] = torch.nan
+    before, after = run(on(name), arguments), run(on(name), spoilt)
+    for key in ("out", "gradient of ['query']"):
+        assert torch.equal(before[key][:, 0], after[key][:, 0]), key
+        assert after[key][:, 1].isnan().all(), key
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_query_that_sees_nothing_gets_zero_and_gives_no_gradient(name):
+    for dtype in dtypes(name):
+        arguments = cast(example_for(name, 2, present=3), dtype)
+        arguments["present"][0, 3] = False
+        out, stats = on(name)(**arguments, return_stats=True)
+        assert (out[0, :, 3] == 0).all() and (stats.mass[0, :, 3] == 0).all()
+        assert (stats.lse[0, :, 3] == -torch.inf).all()
+
+        leaves = [arguments["query"], *(t for pair in arguments["sources"] for t in pair)]
+        grads = [torch.ones_like(out), torch.ones_like(stats.lse)]
+        before = torch.autograd.grad([out, stats.lse], leaves, grads)
+        with torch.no_grad():
+            arguments["query"][0, :, 3] = torch.nan
+        for grad in grads:
+            grad[0, :, 3] = torch.nan
+        out, stats = on(name)(**arguments, return_stats=True)
+        after = torch.autograd.grad([out, stats.lse], leaves, grads)
+        assert (after[0][0, :, 3] == 0).all()
+        for one, other in zip(before, after, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("hidden_by", ["nothing", "lengths", "masks", "present", "causal", "bias"])
+def test_a_query_that_sees_one_key_gets_no_gradient_from_its_weight(name, hidden_by):
+    """The weight is 1 whatever the logit is: not a rounding error may be left of it."""
+    arguments = cast(example_for(name, 1, queries=20, sizes=(1, 20)), torch.float32)
+    (query, sources), row = (arguments["query"], arguments["sources"]), slice(None)
+    if hidden_by == "nothing":
+        sources.pop()
+    elif hidden_by == "lengths":
+        arguments["lengths"] = [torch.tensor([0]), torch.tensor([1])]
+    elif hidden_by == "masks":
+        arguments["masks"] = [torch.tensor([[False]]), torch.arange(20)[None] == 17]
+    elif hidden_by == "present":
+        arguments["present"] = (torch.arange(20)[:, None] >= torch.tensor([0, 15]))[None]
+        row = slice(15)
+    elif hidden_by == "causal":
+        del sources[0]
+        arguments["causal"], row = True, slice(1)
+    else:
+        arguments["source_bias"] = torch.tensor([0.5, -torch.inf])
+    out = on(name)(**arguments)
+    upstream = torch.zeros_like(out)
+    upstream[:, :, row] = torch.randn(upstream[:, :, row].shape, generator=torch.Generator().manual_seed(0))
+    keys = [key for key, _ in sources]
+    for grad in torch.autograd.grad(out, [query, *keys], upstream):
+        assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_visible_nan_propagates(name):
+    arguments = cast(example(1, sizes=(5, 9), grad=False), torch.float32)
+    arguments["sources"][1][1][0, 0, 3, 2] = torch.nan
+    out = on(name)(**arguments)
+    assert out[:, 0, :, 2].isnan().all() and not out[:, 0, :, 3].isnan().any() and not out[:, 1].isnan().any()
+    arguments["sources"][1][0][0, 1, 3, 2] = torch.nan
+    assert on(name)(**arguments)[:, 1].isnan().all()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_queries_are_not_cut_with_the_key_mask_when_lengths_differ(name):
+    """A stack that unpads queries with the keys' mask drops queries silently where L is not S."""
+    arguments = cast(example(2, queries=11, sizes=(5,), grad=False), torch.float32)
+    arguments["masks"] = [torch.tensor([[True] * 3 + [False] * 2, [True] * 5])]
+    key, value = arguments["sources"][0]
+    out = on(name)(**arguments)
+    meant = F.scaled_dot_product_attention(arguments["query"][:1], key[:1, :, :3], value[:1, :, :3])
+    assert_promised(out[:1], meant.double(), 1e-6)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_bias_of_minus_infinity_is_absence(name):
+    arguments = cast(example_for(name, present=0, bias=1), torch.float32)
+    with torch.no_grad():
+        arguments["source_bias"][1] = -torch.inf
+    without = {**arguments, "present": torch.tensor([[True, False, True]] * 2)}
+    without["source_bias"] = torch.where(
+        arguments["source_bias"].detach() == -torch.inf, 0, arguments["source_bias"].detach()
+    ).requires_grad_()
+    one, other = run(on(name), arguments), run(on(name), without)
+    assert all(torch.equal(one[key], other[key]) for key in one)

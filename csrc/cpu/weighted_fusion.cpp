@@ -46,10 +46,11 @@ struct Problem {
   }
   const T* row(int64_t i, int64_t r) const { return at[i][sources[i].row(r)]; }
 
-  // The sources that rows have, and how much each counts.
+  // The sources that a row has, how much each counts, and where its own row lies.
   struct Mixture {
     std::vector<int64_t> which;
     std::vector<A> weights;
+    std::vector<const T*> x;
   };
 
   // f(row, mixture) over all rows, those that share logits and presence sharing the mixture
@@ -69,6 +70,7 @@ struct Problem {
           row_kernels<T>().accumulate(wide_logits.data(), 1, logits, count);
           softmax(wide_logits, flags, mixture);
         }
+        for (size_t k = 0; k < mixture.which.size(); ++k) mixture.x[k] = row(mixture.which[k], r);
         f(r, mixture);
       }
     });
@@ -82,6 +84,7 @@ struct Problem {
       if (!flags || flags[i]) to.which.push_back(i), largest = std::max(largest, logits[i]);
     for (const int64_t i : to.which) sum += to.weights.emplace_back(std::exp(logits[i] - largest));
     for (A& weight : to.weights) weight /= sum;
+    to.x.resize(to.which.size());
   }
 };
 
@@ -90,10 +93,7 @@ Tensors forward(const Tensors& inputs, const Tensor& logits, const Maybe& presen
   const Problem<T> p(inputs, logits, present);
   const Tensor out = empty(p.shape(p.depth), scalar_type<T>);
   p.each_row([&, y = data<T>(out)](int64_t r, const auto& mixture) {
-    thread_local std::vector<const T*> x;
-    x.clear();
-    for (const int64_t i : mixture.which) x.push_back(p.row(i, r));
-    p.kernels.mix(y + r * p.depth, x.data(), mixture.weights.data(), x.size(), p.depth);
+    p.kernels.mix(y + r * p.depth, mixture.x.data(), mixture.weights.data(), mixture.x.size(), p.depth);
   });
   return {out};
 }
@@ -112,20 +112,22 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensor& logit
   A* const dlogits =
       needs[p.count] ? data<A>(made.emplace_back(empty(p.shape(p.count), scalar_type<A>))) : nullptr;
   p.each_row([&, g = data<T>(grad)](int64_t r, const auto& mixture) {
-    thread_local std::vector<A> dots;
-    dots.clear();
+    A* const own = dlogits ? dlogits + r * p.count : nullptr;
     for (T* const to : dx)
-      if (to && int64_t(mixture.which.size()) < p.count) std::fill_n(to + r * p.depth, p.depth, T{});
-    if (dlogits) std::fill_n(dlogits + r * p.count, p.count, A(0));
+      if (to && int64_t(mixture.x.size()) < p.count) std::fill_n(to + r * p.depth, p.depth, T{});
+    if (own) std::fill_n(own, p.count, A(0));
     A mean = 0;
-    for (size_t k = 0; k < mixture.which.size(); ++k) {
+    for (size_t k = 0; k < mixture.x.size(); ++k) {
       const int64_t i = mixture.which[k];
-      T* const to = dx[i] ? dx[i] + r * p.depth : nullptr;
-      dots.push_back(p.kernels.backward(to, mixture.weights[k], g + r * p.depth, p.row(i, r), p.depth));
-      mean += mixture.weights[k] * dots[k];
+      const A dot = p.kernels.backward(dx[i] ? dx[i] + r * p.depth : nullptr, mixture.weights[k],
+                                       g + r * p.depth, mixture.x[k], p.depth);
+      mean += mixture.weights[k] * dot;
+      if (own) own[i] = dot;
     }
-    for (size_t k = 0; dlogits && k < dots.size(); ++k)
-      dlogits[r * p.count + mixture.which[k]] = mixture.weights[k] * (dots[k] - mean);
+    for (size_t k = 0; own && k < mixture.x.size(); ++k) {
+      A& d = own[mixture.which[k]];
+      d = mixture.weights[k] * (d - mean);
+    }
   });
   return made;
 }

@@ -165,7 +165,7 @@ def test_attention_tells_the_share_of_each_modality_outside_of_training():
 
 
 def test_shares_are_means_over_queries_heads_and_layers():
-    model, batch = make(ATTENTION), make_batch()
+    model, batch = make(ATTENTION).eval(), make_batch()
     made = []
     for block in model.fusion.blocks:
         block.register_forward_hook(lambda _, args, result: made.append(result))

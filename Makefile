@@ -39,7 +39,7 @@ test: install
 
 # The ops' tests over a CPU library built with GCC's AddressSanitizer and UndefinedBehaviorSanitizer, which see no masked
 # AVX-512 load: hence plain C++ too. Left out: Triton's interpreter, which enters no native kernel; tests that measure
-# memory, of which the sanitizer takes some; and leaks, which are Python's and torch's.
+# memory or time, of which the sanitizer takes some; and leaks, which are Python's and torch's.
 SANITIZED := $(CURDIR)/build/sanitize
 sanitize: install
 	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DMMFAST_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \

@@ -1,5 +1,7 @@
 """What only the C++ kernels of cross_attention promise: every instruction set, threads and memory."""
 
+import timeit
+
 import pytest
 import torch
 from check import cast, check, isas, python, run
@@ -7,7 +9,7 @@ from test_cross_attention import OPTIONS, all_of, example, on
 from test_cross_attention_absence import check_hidden
 
 from mmfast import _native
-from mmfast.ops import available, reference
+from mmfast.ops import available, cross_attention, reference
 
 pytestmark = pytest.mark.skipif(
     available("cross_attention", "cpu")["cpu"] != "ready", reason="the native CPU library is not there"
@@ -173,6 +175,21 @@ print(*(threads(count) - before for count in (1, 3)))
 def test_it_takes_as_many_threads_as_torch_is_set_to():
     alone, three = map(int, python(THREADS).split())
     assert alone == 0 and three == 2
+
+
+@pytest.mark.memory
+def test_the_way_to_the_kernel_takes_the_host_little_time():
+    """15 microseconds, beside what the dispatcher and the kernel take."""
+    query, *kv = (torch.randn(1, 1, 1, 16) for _ in range(7))
+    keys, values = kv[:3], kv[3:]
+    sources = list(zip(keys, values, strict=True))
+    kernel, none = torch.ops.mmfast.cross_attention.cpu, [None] * 3
+    calls = {
+        "all": lambda: cross_attention(query, sources),
+        "kernel": lambda: kernel(query, keys, values, none, none, None, [False] * 3, None, None, False),
+    }
+    fastest = {name: min(timeit.repeat(call, number=100, repeat=30)) / 100 for name, call in calls.items()}
+    assert fastest["all"] - fastest["kernel"] <= 15e-6, fastest
 
 
 PEAK = """

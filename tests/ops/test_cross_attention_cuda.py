@@ -329,6 +329,19 @@ def test_what_it_cannot_do_is_an_error_that_says_so():
             forward(cast(example(1, 1, 1, (3,), kv_heads=1, grad=False, **{"depth": 16, **changes}), dtype))
 
 
+@pytest.mark.parametrize("options", ["plain", "everything"])
+def test_opcheck(split, monkeypatch, options):
+    launches, launch = [], cuda.SPLIT
+
+    def noted(*args):
+        launches.append(args)
+        launch(*args)
+
+    monkeypatch.setattr(cuda, "SPLIT", noted)
+    forward(cast(example(queries=5, sizes=(13, 1, 4), grad=False, **OPTIONS[options]), torch.float16))
+    torch.library.opcheck(torch.ops.mmfast.cross_attention_split.cuda, launches[0])
+
+
 def test_its_results_go_into_the_backward_of_triton(split):
     pytest.importorskip("triton")
     arguments = cast(example(1, 2, 5, (20, 3), kv_heads=1, bias=3, lengths=True), torch.float32)

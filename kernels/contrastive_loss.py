@@ -28,7 +28,7 @@ UNTUNED = {
         "loss.tf32": blocks(128, 64, 32, num_warps=8, num_stages=3),
         "loss.ieee": blocks(64, 64, 16, num_warps=8, num_stages=2),
         "gradient.half": {**blocks(64, 32, 32, num_warps=8, num_stages=2), "BLOCK_E": 128},
-        "gradient.tf32": {**blocks(64, 32, 32, num_warps=8, num_stages=2), "BLOCK_E": 128},
+        "gradient.tf32": {**blocks(64, 32, 32, num_warps=8, num_stages=2), "BLOCK_E": 64},
         "gradient.ieee": {**blocks(32, 32, 16, num_warps=8, num_stages=1), "BLOCK_E": 64},
     },
 }
@@ -36,7 +36,9 @@ UNTUNED[90] = {
     **UNTUNED[80],
     "loss.ieee": blocks(32, 64, 16, num_warps=8, num_stages=2),
     "gradient.half": {**blocks(64, 32, 32, num_warps=8, num_stages=2), "BLOCK_E": 256},
+    "gradient.tf32": {**blocks(64, 32, 32, num_warps=8, num_stages=2), "BLOCK_E": 128},
 }
+UNTUNED[100] = {**UNTUNED[90], "loss.ieee": blocks(32, 32, 16, num_warps=8, num_stages=2)}
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""``weighted_fusion`` against what people write: softmax, stack, multiply, sum.
+"""``weighted_fusion`` with weights for each row, against what people write: softmax, stack, multiply, sum.
 
 The peers: that in eager mode, the same compiled, and the sum written term by term.
 """
@@ -59,7 +59,7 @@ def _inputs(
 
     sizes = SHAPES[shape]
     present = present_mix(seed, sizes[0], SOURCES, absent).to(device) if absent else None
-    args = [random(*sizes) for _ in range(SOURCES)], random(SOURCES), present
+    args = [random(*sizes) for _ in range(SOURCES)], random(*sizes[:-1], SOURCES), present
     return (random(*sizes, grad=False), *args) if backward else args
 
 

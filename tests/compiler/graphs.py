@@ -203,19 +203,10 @@ def in_place_activation(a, b, weight, bias):
 
 
 @case(LATE, "concat_linear")
-def in_place_edit_that_comes_too_late(a, b, weight, bias):
-    a = a.clone()
-    y = F.linear(torch.cat([a, b], -1), weight, bias)
-    a.mul_(2)
-    return y + a.sum()
-
-
-@case(LATE, "concat_linear")
-def in_place_edit_of_the_weight_before_the_bias(a, b, weight, bias):
-    weight, both = weight.clone(), torch.cat([a, b], -1)
-    y = both @ weight.T
-    weight += 1
-    return y + bias + weight.sum()
+def in_place_edit_before_it_is_read(a, b, weight, bias):
+    bias, y = bias.clone(), torch.cat([a, b], -1) @ weight.T
+    bias += 1
+    return y + bias
 
 
 # what is left alone
@@ -243,6 +234,14 @@ def in_place_edit_of_a_source(a, b, weight, bias):
     both = torch.cat([a, b], -1)
     a.mul_(2)
     return F.linear(both, weight, bias) + a.sum()
+
+
+@case(LATE, leaves=("edited in place",))
+def in_place_edit_before_the_backward(a, b, weight, bias):
+    a = a.clone()
+    y = F.linear(torch.cat([a, b], -1), weight, bias)
+    a.mul_(2)
+    return y + a.sum()
 
 
 @case(ALL, leaves=("edited in place",))

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch._dynamo.backends.registry import lookup_backend
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 
@@ -15,13 +16,13 @@ __all__ = ["check", "counted", "rewritten"]
 
 
 def rewritten(function, *, only_faster=False, **options):
-    """``function`` as one rewritten graph run eagerly, what was found in it, and the graphs."""
+    """``function`` as one rewritten graph that AOTAutograd runs, what was found in it, and the graphs."""
     found, graphs = [], []
 
-    def keep(module, _):
+    def keep(module, inputs):
         found.extend(rewrite(module, only_faster=only_faster))
         graphs.append(module)
-        return module.forward
+        return lookup_backend("aot_eager")(module, inputs)
 
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, backend=keep, **options), found, graphs

@@ -8,7 +8,19 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mmfast.compiler._graph import Body, Make, argument, hint, name, off, same, shape, sizes, transposed, value
+from mmfast.compiler._graph import (
+    Body,
+    Make,
+    argument,
+    hint,
+    name,
+    off,
+    same,
+    shape,
+    sizes,
+    transposed,
+    value,
+)
 from mmfast.compiler._match import Left, Match, along, is_cat, parts, unsound
 from mmfast.ops import concat_linear
 
@@ -49,7 +61,9 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
         return None
     dim, wide = along(x), shape(x)
     if dim != len(wide) - 1:
-        return Left("concat_linear", node, f"the concatenation is along dimension {dim}, not along the features")
+        return Left(
+            "concat_linear", node, f"the concatenation is along dimension {dim}, not along the features"
+        )
     joined, cats = parts(x, dim)
     if len(joined) == 1:
         return Left("concat_linear", node, "a concatenation of 1 source")
@@ -69,8 +83,7 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
         "norm_bias": argument(norm, 3, "bias"),
     }  # fmt: skip
     rows, features = math.prod(map(hint, wide[:-1])), hint(node.meta["example_value"].shape[-1])
-    small = [math.prod(map(hint, shape(source))) for source in sources]
-    flops = 2 * rows * hint(wide[-1]) * features
+    elements = sum(math.prod(map(hint, shape(source))) for source in sources)
     why = ""
     for stage in reversed(list(_stages(Stage(node, (node,), bias), claimed))):
         options = normed | {"activation": stage.activation, "residual": stage.residual, "gate": stage.gate}
@@ -79,12 +92,15 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
             op="concat_linear",
             node=node,
             last=stage.last,
-            call=Make(concat_linear, (sources, weight, stage.bias), {k: v for k, v in options.items() if v not in (None, "none")}),
+            call=Make(
+                concat_linear,
+                (sources, weight, stage.bias),
+                {k: v for k, v in options.items() if v not in (None, "none")},
+            ),
             fused=frozenset((*passed, *stage.fused)),
             spared=({norm: "the norm's output"} if norm else {}) | {x: "the concatenation"},
-            rows=rows,
-            flops=flops,
-            saved=rows * hint(wide[-1]) / max(sum(small), 1),
+            flops=2.0 * features * rows * hint(wide[-1]),
+            saved=2.0 * features * (rows * hint(wide[-1]) - elements),
             what=_in_words(stage, len(sources), pooled, norm is not None),
         )
         why = unsound(body, match)
@@ -121,15 +137,17 @@ def _norm(node: Any) -> bool:
 
 def _peel(node: Node) -> tuple[Node, list[Node]]:
     """What ``node`` is broadcast from, its features untouched, and the nodes that broadcast it."""
-    kind, inner = name(node), argument(node, 0, "input", "self") if isinstance(node, Node) and node.args else None
-    known = value(inner)
+    inner: Any = argument(node, 0, "input", "self") if isinstance(node, Node) else None
+    kind, known = name(node), value(inner)
     if known is None or known.dim() == 0 or not same(known.shape[-1], shape(node)[-1]):
         return node, []
     if kind in ("expand", "expand_as"):
         simple = True  # by what it means
     elif kind == "repeat":
         times = sizes(node)[-known.dim() :]
-        simple = all(same(n, 1) or same(size, 1) for n, size in zip(map(number, times), known.shape, strict=True))
+        simple = all(
+            same(n, 1) or same(size, 1) for n, size in zip(map(number, times), known.shape, strict=True)
+        )
     elif kind == "repeat_interleave":
         dim = argument(node, 2, "dim")
         simple = dim is not None and same(known.shape[dim], 1)
@@ -147,7 +165,7 @@ def number(size: Any) -> Any:
 
 
 def _cover(peeled: list[tuple[Node, list[Node]]], lead: Sequence[Any]) -> tuple[list[Node], list[Node]]:
-    """Sources that together broadcast to ``lead``, as small as that allows, and the nodes that are passed."""
+    """Sources that together broadcast to ``lead``, as small as that allows, and the nodes passed."""
 
     def missing() -> bool:
         return any(
@@ -155,7 +173,9 @@ def _cover(peeled: list[tuple[Node, list[Node]]], lead: Sequence[Any]) -> tuple[
             for d in range(1, len(lead) + 1)
         )
 
-    whole = [(path[0], []) if path else (source, []) for source, path in peeled]
+    whole: list[tuple[Node, list[Node]]] = [
+        (path[0], []) if path else (source, []) for source, path in peeled
+    ]
     for i in sorted(range(len(peeled)), key=lambda i: hint(shape(peeled[i][0])[-1])):
         if not missing():
             break
@@ -167,7 +187,7 @@ def _stages(stage: Stage, claimed: set[Node]) -> Iterator[Stage]:
     """The layer alone, then with one more step of its epilogue each."""
     yield stage
     users = list(stage.last.users)
-    if len(users) != 1 or users[0] in claimed or value(users[0]) is None and name(users[0]) not in ("chunk", "split"):
+    if len(users) != 1 or users[0] in claimed:
         return
     user, y = users[0], stage.last
     kind = name(user)
@@ -186,7 +206,11 @@ def _stages(stage: Stage, claimed: set[Node]) -> Iterator[Stage]:
         if value(other) is not None:
             vector = same(shape(other), shape(y)[-1:])
             is_bias = vector and fresh and stage.bias is None
-            yield from _stages(stage.then(user, bias=other), claimed) if is_bias else [stage.then(user, residual=other)]
+            yield from (
+                _stages(stage.then(user, bias=other), claimed)
+                if is_bias
+                else [stage.then(user, residual=other)]
+            )
     elif off(user):
         following = stage.then(user)
     if following is not None:
@@ -205,7 +229,9 @@ def _swiglu(stage: Stage, halves: Node) -> Stage | None:
     in_two = argument(halves, 1, "chunks", "split_size_or_sections", "split_size")
     if dim % len(shape(stage.last)) != len(shape(stage.last)) - 1:
         return None
-    if not (in_two == 2 if name(halves) == "chunk" else same(in_two * 2, features)) or not same(features % 2, 0):
+    if not (in_two == 2 if name(halves) == "chunk" else same(in_two * 2, features)) or not same(
+        features % 2, 0
+    ):
         return None
     picked = {argument(user, 1): user for user in halves.users if name(user) == "getitem"}
     if len(halves.users) != 2 or set(picked) != {0, 1}:

@@ -1,6 +1,4 @@
-"""Finds attention over concatenated keys and values, or under a key padding mask, and makes ``cross_attention``
-of it.
-"""
+"""Finds attention over concatenated keys and values, or under a key padding mask: ``cross_attention``."""
 
 import math
 import operator
@@ -10,7 +8,19 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mmfast.compiler._graph import Body, Make, argument, hint, name, off, same, shape, sizes, transposed, value
+from mmfast.compiler._graph import (
+    Body,
+    Make,
+    argument,
+    hint,
+    name,
+    off,
+    same,
+    shape,
+    sizes,
+    transposed,
+    value,
+)
 from mmfast.compiler._match import Left, Match, along, is_cat, parts, unsound
 from mmfast.ops import cross_attention
 
@@ -26,13 +36,13 @@ class Attention:
     mask: Any = None  # True where a query sees a key
     hidden: bool = False  # the mask is True where it does not
     passed: list[Node] = field(default_factory=list)
-    watched: list[Node] = field(default_factory=list)  # those of them that nobody else may read
+    watched: list[Node] = field(default_factory=list)  # of them, those that nobody else may read
     why: str = ""  # what keeps it from being the op
 
 
 @dataclass
 class Streams:
-    """A tensor as a concatenation of ``pieces`` along its keys; ``groups`` query heads read each of its heads."""
+    """A tensor as a concatenation of ``pieces`` along its keys; ``groups`` query heads read one head."""
 
     pieces: list[Any]
     sizes: list[Any]
@@ -42,9 +52,11 @@ class Streams:
 
 
 def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
-    """The match of the attention that ends at ``node``, or why there is none; None where the pattern is not."""
+    """The match of an attention that ends at ``node``, or why there is none; None for other nodes."""
     found = _sdpa(node) if name(node) == "scaled_dot_product_attention" else _written_out(node)
-    if found is None or any(value(t) is None or len(shape(t)) != 4 for t in (found.query, found.key, found.value)):
+    if found is None or any(
+        value(t) is None or len(shape(t)) != 4 for t in (found.query, found.key, found.value)
+    ):
         return None
     key, values = _streams(found.key, 2), _streams(found.value, 2)
     if key.cat is None and values.cat is None and found.mask is None:
@@ -74,10 +86,11 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
         last=node,
         call=call,
         fused=frozenset((*found.passed, *key.passed, *values.passed)),
-        spared={} if masks else {cat: "the concatenation" for cat in (key.cat, values.cat) if cat is not None},
-        rows=batch * heads * queries,
-        flops=2 * batch * heads * queries * keys * (depth + hint(shape(found.value)[3])),
-        saved=1.0,
+        spared={}
+        if masks
+        else {cat: "the concatenation" for cat in (key.cat, values.cat) if cat is not None},
+        flops=2.0 * batch * heads * queries * keys * (depth + hint(shape(found.value)[3])),
+        saved=0.0,
         what=f"{len(pairs)} stream{'s' * (len(pairs) > 1)}" + ", key padding masks" * (masks is not None),
     )
     why = unsound(body, match)
@@ -85,10 +98,10 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
 
 
 def _sdpa(node: Node) -> Attention:
-    query, key, values, mask = (
-        argument(node, i, k) for i, k in enumerate(("query", "key", "value", "attn_mask"))
-    )
-    found = Attention(query, key, values, node.kwargs.get("scale"), mask, passed=[node])
+    names = ("query", "key", "value", "attn_mask")
+    query, key, values, mask = (argument(node, i, name) for i, name in enumerate(names))
+    scale: Any = node.kwargs.get("scale")
+    found = Attention(query, key, values, scale, mask, passed=[node])
     if isinstance(found.scale, Node):
         found.why = "its scale is not a number"
     if argument(node, 4, "dropout_p", default=0.0) != 0.0:
@@ -103,12 +116,12 @@ def _written_out(node: Node) -> Attention | None:
     if name(node) != "matmul":
         return None
     weights, values = argument(node, 0, "input"), argument(node, 1, "other", "mat2")
-    found = Attention(None, None, values, 1.0, passed=[node])
+    found, scale = Attention(None, None, values, passed=[node]), 1.0
 
-    def step(passed: Node) -> Any:
+    def step(passed: Node, *after: Any) -> Any:
         found.passed.append(passed)
         found.watched.append(passed)
-        return argument(passed, 0, "input", "self")
+        return after[0] if after else argument(passed, 0, "input", "self")
 
     while off(weights) or name(weights) in ("dropout", "to"):
         if name(weights) == "dropout" and not off(weights):
@@ -120,13 +133,14 @@ def _written_out(node: Node) -> Attention | None:
         found.why = "its softmax is not over the keys"
     logits = step(weights)
     while name(logits) != "matmul":
-        kind = name(logits)
+        kind, after = name(logits), argument(logits, 0, "input", "self") if name(logits) else None
         if kind in ("mul", "div"):
             factor = argument(logits, 1, "other")
-            if isinstance(factor, int | float) and factor > 0:
-                found.scale = found.scale * factor if kind == "mul" else found.scale / factor  # type: ignore[operator]
-            else:
+            if kind == "mul" and isinstance(factor, Node):
+                factor, after = after, factor
+            if not isinstance(factor, int | float) or factor <= 0:
                 return None
+            scale = scale * factor if kind == "mul" else scale / factor
         elif kind in ("masked_fill", "where") and found.mask is None:
             hides = kind == "masked_fill"
             found.mask, found.hidden = argument(logits, int(hides), "mask", "condition"), hides
@@ -139,12 +153,11 @@ def _written_out(node: Node) -> Attention | None:
             found.mask = argument(logits, 1, "other")  # refused, since it is not of bools
         else:
             return None
-        before = step(logits)
-        logits = argument(logits, 1, "input", "self") if kind == "where" else before
+        logits = step(logits, argument(logits, 1, "input", "self") if kind == "where" else after)
     key = transposed(argument(logits, 1, "other", "mat2"))
     if key is None:
         return None
-    found.query, found.key = step(logits), key
+    found.query, found.key, found.scale = step(logits), key, scale
     found.passed.append(argument(logits, 1, "other", "mat2"))
     return found
 
@@ -156,7 +169,9 @@ def _streams(node: Node, dim: int) -> Streams:
     passed = [node] if inner is not node else []
     if found is None:
         found = Streams([inner], [shape(inner)[dim]], [])
-    elif factor == 1 and all(isinstance(p, Node) for p in found.pieces):  # repeated before they were put together
+    elif factor == 1 and all(
+        isinstance(p, Node) for p in found.pieces
+    ):  # repeated before they were put together
         each = [_repeated(piece) for piece in found.pieces]
         if len({times for _, times in each}) == 1:
             passed += [piece for piece, (_, times) in zip(found.pieces, each, strict=True) if times != 1]
@@ -176,7 +191,7 @@ def _pieces(node: Any, dim: int) -> Streams | None:
         if along(node) != dim or len(joined) < 2 or not plain:
             return None
         return Streams(list(joined), [shape(part)[dim] for part in joined], cats, node)
-    source = argument(node, 0, "input", "self") if node.op.startswith("call") and node.args else None
+    source: Any = argument(node, 0, "input", "self") if node.op.startswith("call") and node.args else None
     if value(source) is None:
         return None
     args: tuple[Any, ...] = ()
@@ -209,13 +224,14 @@ def _through(found: Streams | None, node: Node, change: Any) -> Streams | None:
 def _repeated(node: Node) -> tuple[Node, int]:
     """Heads ``[B, Hkv, S, D]`` that ``node`` repeats, each a number of times in a row, and that number."""
     if name(node) == "repeat_interleave":
-        times, inner = argument(node, 1, "repeats"), argument(node, 0, "input")
+        inner: Any = argument(node, 0, "input")
+        times = argument(node, 1, "repeats")
         if isinstance(times, int) and argument(node, 2, "dim") in (1, -3) and value(inner) is not None:
             return inner, times
     if name(node) != "view":
         return node, 1
-    wide = argument(node, 0, "input")  # [B, Hkv, times, S, D]
-    narrow = argument(wide, 0, "input") if name(wide) == "expand" else None  # [B, Hkv, 1, S, D]
+    wide: Any = argument(node, 0, "input")  # [B, Hkv, times, S, D]
+    narrow: Any = argument(wide, 0, "input") if name(wide) == "expand" else None  # [B, Hkv, 1, S, D]
     if value(narrow) is None or value(wide) is None or len(shape(wide)) != 5 or len(shape(narrow)) != 5:
         return node, 1
     inner = argument(narrow, 0, "input") if name(narrow) in ("getitem", "unsqueeze") else None
@@ -247,8 +263,9 @@ def _masks(found: Attention, key: Streams) -> tuple[list[Any] | None, str]:
     if mask.meta["example_value"].dtype != torch.bool:
         return None, f"the mask is {mask.meta['example_value'].dtype}, not of bools"
     hidden = found.hidden
-    while name(mask) in ("expand", "invert") or off(mask):
+    while name(mask) in ("expand", "invert"):
         hidden ^= name(mask) == "invert"
+        found.passed.append(mask)
         mask = argument(mask, 0, "input", "self")
     batch, keys = shape(found.query)[0], shape(found.key)[2]
     if len(shape(mask)) != 4 or not same(shape(mask)[1], 1) or not same(shape(mask)[2], 1):

@@ -1,6 +1,7 @@
 """``mmfast.explain``: what the compiler finds in a model, and what that changes."""
 
 import copy
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ ROUNDS = (5, 50)
 
 @dataclass(frozen=True)
 class Explanation:
-    """What was found, and the medians of the seconds that a call takes with Inductor alone and with mmfast."""
+    """What was found, and the median seconds of a call with Inductor alone and with mmfast."""
 
     findings: tuple[Finding, ...]
     before: float
@@ -33,26 +34,29 @@ class Explanation:
         graphs = f"{self.graphs} graph{'s' * (self.graphs != 1)}"
         lines = [f"{len(self.findings)} found in {graphs}, {done} replaced"]
         lines += [
-            f"  {'replaced' if f.replaced else 'left':8}  {f.op:15}  {f.where}: {f.why}" for f in self.findings
+            f"  {'replaced' if f.replaced else 'left':8}  {f.op:15}  {f.where}: {f.why}"
+            for f in self.findings
         ]
+        before, after = (f"{seconds * 1e3:.3g} ms" for seconds in (self.before, self.after))
         speed = f"{self.before / self.after:.2f} times as fast"
-        lines.append(
-            f"{self.measured}: {self.before * 1e3:.3g} ms with Inductor alone, {self.after * 1e3:.3g} ms with mmfast, {speed}"
-        )
+        lines.append(f"{self.measured}: {before} with Inductor alone, {after} with mmfast, {speed}")
         return "\n".join(lines)
 
 
 def explain(model: Callable[..., Any], *inputs: Any, **named: Any) -> Explanation:
-    """Compiles ``model`` with Inductor alone and with mmfast, runs both in turn, prints and returns the difference.
+    """Compiles ``model`` with Inductor alone and with mmfast, runs both in turn, prints what differs.
 
-    Where gradients are on and an output has one, what is run is the forward and the backward pass from the sum
-    of all outputs; otherwise the forward pass. The model is a copy: no gradient, no buffer and no random state of
-    the user's changes.
+    Where gradients are on and an output has one, what is run is the forward and the backward pass from the
+    sum of all outputs; otherwise the forward pass. A module is copied first: its gradients and buffers stay as
+    they are, and so does the random state.
 
     Args:
-        model: a module or a function of tensors, in the mode (``train``, autocast, grad) that is to be explained.
+        model: a module or a function of tensors, in the mode (``train``, grad) that is to be explained.
         inputs: what it is called with.
         named: the same, by name.
+
+    Returns:
+        What was printed.
     """
     model = copy.deepcopy(model) if isinstance(model, nn.Module) else model
     findings: list[Finding] = []
@@ -65,29 +69,39 @@ def explain(model: Callable[..., Any], *inputs: Any, **named: Any) -> Explanatio
         return mmfast(module, example_inputs)  # in what is rewritten nothing more is found
 
     weights = list(model.parameters()) if isinstance(model, nn.Module) else []
-    wanted = [t for t in (*weights, *tree_leaves((inputs, named))) if isinstance(t, Tensor) and t.requires_grad]
+    wanted = [
+        t for t in (*weights, *tree_leaves((inputs, named))) if isinstance(t, Tensor) and t.requires_grad
+    ]
 
     def step(call: Callable[..., Any]) -> bool:
-        outputs = [t for t in tree_leaves(call(*inputs, **named)) if isinstance(t, Tensor) and t.requires_grad]
+        outputs = [
+            t for t in tree_leaves(call(*inputs, **named)) if isinstance(t, Tensor) and t.requires_grad
+        ]
         if outputs and wanted:
-            torch.autograd.grad(sum(t.float().sum() for t in outputs), wanted, allow_unused=True)  # type: ignore[arg-type]
+            total = torch.stack([t.float().sum() for t in outputs]).sum()
+            torch.autograd.grad(total, wanted, allow_unused=True)
         return bool(outputs and wanted)
 
-    # The same code object is compiled twice: each time from nothing, or it would be found compiled already.
+    calls = [torch.compile(model, backend="inductor"), torch.compile(model, backend=recorded)]
     with torch.random.fork_rng():
-        calls = []
-        for backend in ("inductor", recorded):
-            torch._dynamo.reset()
-            calls.append(torch.compile(model, backend=backend))
-            backward = step(calls[-1])
-        taken = _in_turn([lambda call=call: step(call) for call in calls])
-    before, after = map(median, taken)
+        backward = all([step(call) for call in calls])  # compiled here
+        before, after = _in_turn([functools.partial(step, call) for call in calls])
     measured = "forward + backward" if backward else "forward"
     explanation = Explanation(tuple(findings), before, after, measured, graphs)
     print(explanation)
     return explanation
 
 
-def _in_turn(calls: Sequence[Callable[[], object]]) -> list[list[float]]:
-    """Seconds of each call in each round."""
-    raise NotImplementedError
+def _in_turn(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """The median of the seconds of each call, one of each in every round."""
+    taken: list[list[float]] = [[] for _ in calls]
+    fewest, most = ROUNDS
+    end = time.perf_counter() + SECONDS
+    while len(taken[0]) < fewest or (len(taken[0]) < most and time.perf_counter() < end):
+        for call, seconds in zip(calls, taken, strict=True):
+            begin = time.perf_counter()
+            call()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
+            seconds.append(time.perf_counter() - begin)
+    return list(map(median, taken))

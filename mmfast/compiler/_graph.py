@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
@@ -157,32 +157,32 @@ def resolve(tree: Any, node: Callable[[Node], Any], make: Callable[[Make], Any])
 
 
 class Body:
-    """A graph with what can be known only of all its nodes: their order, their modes, what is edited in place."""
+    """A graph with what is known of its nodes only together: order, modes, what is edited in place."""
 
-    def __init__(self, graph: Graph) -> None:
-        """Reads ``graph`` as it is now."""
+    def __init__(self, graph: Graph, autocast: tuple[Any, ...] = ()) -> None:
+        """Reads ``graph`` as it is now; ``autocast``: of the region that it is in, as Dynamo enters it."""
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.modes: dict[Node, tuple[int, tuple[Any, ...]]] = {}
         self.edits = [(node, storages(edited(node))) for node in graph.nodes]
         self.edits = [(node, where) for node, where in self.edits if where]
-        entered: list[tuple[Any, ...]] = []  # autocast regions
+        entered = [autocast]
         mode = 0
         for node in graph.nodes:
             if node.target is torch.amp.autocast_mode._enter_autocast:
                 entered.append(node.args)
             elif node.target is torch.amp.autocast_mode._exit_autocast:
                 entered.pop()
-            # What gives no value may change how the rest is computed: autocast, grad mode, saved tensor hooks.
+            # What gives no value may change how the rest is computed: autocast, grad mode, tensor hooks.
             silent = node.op == "call_function" and "example_value" not in node.meta
             mode += silent and node.target not in IN_PLACE
-            self.modes[node] = mode, entered[-1] if entered else ()
+            self.modes[node] = mode, entered[-1]
 
     def one_mode(self, nodes: Iterable[Node]) -> bool:
         """Whether all of them are computed under the same autocast and grad mode."""
         return len({self.modes[node][0] for node in nodes}) == 1
 
     def edited_after(self, read: Node, since: Node, until: Node | None, fused: Collection[Node]) -> bool:
-        """Whether memory of ``read`` is written to after ``since`` and before ``until``, except by ``fused``."""
+        """Whether memory of ``read`` is written to after ``since``, before ``until``, not by ``fused``."""
         memory, last = storages([read]), len(self.order) if until is None else self.order[until]
         return any(
             self.order[since] < self.order[node] < last and node not in fused and memory & where
@@ -233,12 +233,24 @@ def edited(node: Node) -> list[Any]:
         ]  # fmt: skip
         return every if any(overload._schema.is_mutable for overload in overloads) else []
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return every
+        return every if any(map(_edits_inputs, inner_graphs(node))) else []
     if "out" in node.kwargs or getattr(target, "__name__", "").endswith("_") or not _known(target):
         return every
     if _inplace_flag(node):
         return every[:1]
     return []
+
+
+def inner_graphs(node: Node) -> list[Graph]:
+    """The graphs that a higher-order operator is given."""
+    owner = node.graph.owning_module
+    modules = [getattr(owner, str(arg.target)) for arg in node.all_input_nodes if arg.op == "get_attr"]
+    return [module.graph for module in modules if isinstance(module, GraphModule)]
+
+
+def _edits_inputs(graph: Graph) -> bool:
+    given = storages(node for node in graph.nodes if node.op == "placeholder")
+    return any(storages(edited(node)) & given for node in graph.nodes)
 
 
 def _known(target: Any) -> bool:

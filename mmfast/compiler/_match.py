@@ -28,15 +28,15 @@ class Match:
     call: Make
     fused: frozenset[Node]
     spared: dict[Node, str]  # those of them whose memory is to be spared, with their names
-    rows: Any  # sizes that tell what the work is worth
-    flops: Any
-    saved: float  # how many times more multiplications there were
+    flops: float  # as it was written, a multiplication and an addition counted as two
+    saved: float  # those of them that the op does not make
     what: str  # in words
 
 
 def unsound(body: Body, match: Match) -> str:
     """Why ``match`` would not be exact; empty if it is."""
-    if not body.one_mode(match.fused):
+    floats = [node for node in match.fused if (known := value(node)) is None or known.is_floating_point()]
+    if not body.one_mode(floats):
         return "autocast or grad mode changes on the way"
     wanted = match.last.meta["example_value"]
     # The op keeps for its backward what a concatenation had copied: then no later edit is harmless either.
@@ -54,7 +54,7 @@ def unsound(body: Body, match: Match) -> str:
     if got.dtype != wanted.dtype or not same(got.shape, wanted.shape):
         return f"it gives {wanted.dtype} {list(wanted.shape)}, the op {got.dtype} {list(got.shape)}"
     if not same(got.stride(), wanted.stride()):
-        return f"its output lies in memory with strides {list(wanted.stride())}, the op's with {list(got.stride())}"
+        return f"its output has strides {list(wanted.stride())} in memory, the op's {list(got.stride())}"
     return ""
 
 
@@ -71,7 +71,12 @@ def parts(cat: Node, dim: int) -> tuple[list[Node], list[Node]]:
     found: list[Node] = []
     cats = [cat]
     for part in argument(cat, 0, "tensors"):
-        if is_cat(part) and along(part) == dim and len(part.users) == 1 and len(shape(part)) == len(shape(cat)):
+        if (
+            is_cat(part)
+            and along(part) == dim
+            and len(part.users) == 1
+            and len(shape(part)) == len(shape(cat))
+        ):
             more, inner = parts(part, dim)
             found, cats = found + more, cats + inner
         else:

@@ -340,12 +340,17 @@ def heads_behind_the_sequence(q, k1, v1, k2, v2):
     return F.scaled_dot_product_attention(q, key, value).transpose(1, 2).reshape(B, L, H * D)
 
 
-@case({"q": (B, L, 32), "k1": (B, 5, 32), "v1": (B, 5, 32), "k2": (B, 7, 32), "v2": (B, 7, 32)}, "cross_attention")
+@case(
+    {"q": (B, L, 32), "k1": (B, 5, 32), "v1": (B, 5, 32), "k2": (B, 7, 32), "v2": (B, 7, 32)},
+    "cross_attention",
+)
 def heads_split_after_the_cat(q, k1, v1, k2, v2):
     def heads(x):
         return x.view(B, -1, H, D).transpose(1, 2)
 
-    out = F.scaled_dot_product_attention(heads(q), heads(torch.cat([k1, k2], 1)), heads(torch.cat([v1, v2], 1)))
+    out = F.scaled_dot_product_attention(
+        heads(q), heads(torch.cat([k1, k2], 1)), heads(torch.cat([v1, v2], 1))
+    )
     return out.transpose(1, 2).contiguous().view(B, L, 32)
 
 

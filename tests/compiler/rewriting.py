@@ -8,11 +8,11 @@ from torch._dynamo.backends.registry import lookup_backend
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 
-from check import check
+from check import assert_promised, check
 
 from mmfast.compiler import rewrite
 
-__all__ = ["check", "counted", "rewritten"]
+__all__ = ["assert_promised", "check", "counted", "rewritten"]
 
 
 def rewritten(function, *, only_faster=False, **options):

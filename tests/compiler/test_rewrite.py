@@ -35,7 +35,9 @@ def same_everywhere(case, **options):
     check(call, case.function, tensors(case.shapes), torch.float32)
     assert tuple(f.op for f in found if f.replaced) == case.takes
     left = [f.why for f in found if not f.replaced]
-    assert len(left) == len(case.leaves) and all(w in got for w, got in zip(case.leaves, left, strict=True)), left
+    assert len(left) == len(case.leaves) and all(
+        w in got for w, got in zip(case.leaves, left, strict=True)
+    ), left
     assert [counted(graphs, op) for op in OPS.values()] == [case.takes.count(op) for op in OPS]
     assert all(f.where.startswith("graphs.py:") for f in found)
 
@@ -45,7 +47,9 @@ def test_what_is_replaced_and_that_nothing_changes(name):
     same_everywhere(CASES[name])
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.takes and name != WIDTHS_MATTER])
+@pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if case.takes and name != WIDTHS_MATTER]
+)
 def test_with_every_size_dynamic(name):
     same_everywhere(CASES[name], dynamic=True)
 
@@ -66,7 +70,9 @@ def late_fusions(draw):
 @given(late_fusions())
 def test_any_composition_is_replaced_by_one_call_without_a_cat(drawn):
     kinds, layer, norm, gated, residual, activation = drawn
-    shapes = {f"s{i}": {"dense": (2, 3, i + 2), "vector": (i + 2,)}.get(k, (2, i + 2)) for i, k in enumerate(kinds)}
+    shapes = {
+        f"s{i}": {"dense": (2, 3, i + 2), "vector": (i + 2,)}.get(k, (2, i + 2)) for i, k in enumerate(kinds)
+    }
     depth = sum(shape[-1] for shape in shapes.values())
     shapes |= {"weight": (6, depth), "bias": (6,), "scale": (depth,), "gate": (1,), "residual": (2, 3, 6)}
 
@@ -87,10 +93,16 @@ def test_any_composition_is_replaced_by_one_call_without_a_cat(drawn):
 
     arguments = {("residual_" if k == "residual" else k): v for k, v in tensors(shapes).items()}
     wanted = {"weight"} | {k for k in arguments if k[0] == "s" and k != "scale"}
-    wanted |= {k for k, on in (("bias", layer != "no bias"), ("scale", norm), ("gate", gated), ("residual_", residual)) if on}
+    wanted |= {
+        k
+        for k, on in (("bias", layer != "no bias"), ("scale", norm), ("gate", gated), ("residual_", residual))
+        if on
+    }
     arguments = {k: v if k in wanted else v.detach() for k, v in arguments.items()}
     call, found, graphs = rewritten(function)
-    dtypes = [torch.float32] if activation is not F.relu else [torch.float64]  # relu's kink: see the op's page
+    dtypes = (
+        [torch.float32] if activation is not F.relu else [torch.float64]
+    )  # relu's kink: see the op's page
     for dtype in dtypes:
         check(call, function, arguments, dtype)
     assert [f.replaced for f in found] == [True]

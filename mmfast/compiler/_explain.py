@@ -47,8 +47,8 @@ def explain(model: Callable[..., Any], *inputs: Any, **named: Any) -> Explanatio
     """Compiles ``model`` with Inductor alone and with mmfast, runs both in turn, prints what differs.
 
     Where gradients are on and an output has one, what is run is the forward and the backward pass from the
-    sum of all outputs; otherwise the forward pass. A module is copied first: its gradients and buffers stay as
-    they are, and so does the random state.
+    sum of all outputs; otherwise the forward pass. A module is copied first: its gradients and buffers stay
+    as they are, and so does the random state.
 
     Args:
         model: a module or a function of tensors, in the mode (``train``, grad) that is to be explained.

@@ -329,7 +329,7 @@ def written_out(q, k1, v1, k2, v2, m1, m2):
 
 @case(STREAMS | MASKS, "cross_attention")
 def written_out_with_a_scaled_query(q, k1, v1, k2, v2, m1, m2):
-    logits = torch.matmul(q * D**-0.5, both(k1, k2).mT)
+    logits = 0.5 * torch.matmul(q * D**-0.5, both(k1, k2).mT)
     logits = torch.where(torch.cat([m1, m2], 1)[:, None, None], logits, -torch.inf)
     return logits.softmax(-1, dtype=torch.float32).to(q.dtype).matmul(both(v1, v2))
 
@@ -423,6 +423,14 @@ def a_stream_edited_in_place(q, k1, v1, k2, v2):
     key = both(k1, k2)
     k2.zero_()
     return F.scaled_dot_product_attention(q, key, both(v1, v2))
+
+
+@case(STREAMS | MASKS, leaves=("edited in place",))
+def a_mask_edited_after_it_was_inverted(q, k1, v1, k2, v2, m1, m2):
+    seen = torch.cat([m1, m2], 1)[:, None, None].clone()
+    hidden = ~seen
+    seen.fill_(False)
+    return (q @ both(k1, k2).mT).masked_fill(hidden, -math.inf).softmax(-1) @ both(v1, v2)
 
 
 @case(STREAMS, leaves=("not over the keys",))

@@ -104,7 +104,7 @@ def test_any_composition_is_replaced_by_one_call_without_a_cat(drawn):
         [torch.float32] if activation is not F.relu else [torch.float64]
     )  # relu's kink: see the op's page
     for dtype in dtypes:
-        check(call, function, arguments, dtype)
+        check(call, function, arguments, dtype, upstreams=8, runs=2)
     assert [f.replaced for f in found] == [True]
     (graph,) = graphs
     called = [node for node in graph.graph.nodes if node.op.startswith("call")]

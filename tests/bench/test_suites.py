@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from mmfast import ops
 from mmfast.bench import (
+    bench_compiler,
     bench_concat_linear,
     bench_contrastive_loss,
     bench_cross_attention,
@@ -28,6 +30,7 @@ from mmfast.train import TrainerConfig
 
 ROOT = Path(__file__).parents[2]
 PEERS = {
+    bench_compiler: ["inductor", "eager"],
     bench_concat_linear: ["eager", "compiled", "split"],
     bench_contrastive_loss: ["eager", "compiled"],
     bench_group_norm: ["eager", "copied", "compiled"],
@@ -40,6 +43,33 @@ PEERS = {
 FEWER = bench_cross_attention  # not every peer does every work
 WORKS = [(suite, at) for suite in PEERS for at in range(len(suite.works("cpu")))]
 
+SMALL = {
+    name: bench_compiler.Case(
+        model, lambda g, shapes=shapes: tuple(torch.randn(s, generator=g) for s in shapes)
+    )
+    for name, model, shapes in (
+        ("late fusion", partial(bench_compiler.LateFusion, 16, 8, 4, 3), ((4, 3, 16), (4, 8), (4, 4))),
+        (
+            "image-prompt adapter",
+            partial(bench_compiler.PromptAdapter, 16, 8, 2),
+            ((2, 9, 16), (2, 5, 8), (2, 4, 8)),
+        ),
+    )
+} | {
+    "Flamingo-type block": bench_compiler.Case(
+        partial(bench_compiler.GatedBlock, 16, 2),
+        lambda g: (
+            *(torch.randn(2, s, 16, generator=g) for s in (3, 5, 4)),
+            torch.ones(2, 9, dtype=torch.bool),
+        ),
+    ),
+    "DLRM-type": bench_compiler.Case(
+        partial(bench_compiler.ClickModel, 3, 10, 8, 5),
+        lambda g: (torch.randn(6, 5, generator=g), torch.randint(10, (6, 3), generator=g)),
+    ),
+    "the article's model": bench_compiler.CASES["the article's model"],
+}
+
 
 @pytest.fixture
 def tiny(monkeypatch):
@@ -51,6 +81,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(bench_concat_linear, "MIXES", mixes)
     monkeypatch.setattr(bench_contrastive_loss, "PAIRS", 70)
     monkeypatch.setattr(bench_contrastive_loss, "FEATURES", 24)
+    monkeypatch.setattr(bench_compiler, "CASES", SMALL)
     monkeypatch.setattr(bench_group_norm, "SHAPES", ((2, 32, 3, 3), (2, 64, 2, 2)))
     ranked = {name: (6, (5, 3, 2), 2, 4) for name in bench_lowrank_fusion.SHAPES}
     monkeypatch.setattr(bench_lowrank_fusion, "SHAPES", ranked)

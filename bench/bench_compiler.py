@@ -1,0 +1,262 @@
+"""Whole models as people write them, compiled by Inductor alone and with mmfast before it: training steps.
+
+Nothing in these models knows mmfast. A step is: gradients to zero, forward, loss, backward, AdamW.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from mmfast.bench.measure import Call, Result, Work
+from mmfast.compiler import mmfast
+from mmfast.data.modality import Audio, Image, Text
+from mmfast.models.article import ArticleModel
+
+Inputs = tuple[Any, ...]
+
+
+class LateFusion(nn.Module):
+    """Patches, to each of which the sentence's and the sound's vector are concatenated."""
+
+    def __init__(self, dim: int = 768, sentence: int = 512, sound: int = 128, classes: int = 100) -> None:
+        """Widths as the forward has them."""
+        super().__init__()
+        self.patches, self.sentence = nn.Linear(dim, dim), nn.Linear(sentence, sentence)
+        self.sound = nn.Linear(sound, sound)
+        self.fuse, self.head = nn.Linear(dim + sentence + sound, dim), nn.Linear(dim, classes)
+
+    def forward(self, patches: Tensor, sentence: Tensor, sound: Tensor) -> Tensor:
+        """[B, T, dim], [B, sentence], [B, sound] -> [B, classes]."""
+        x, steps = self.patches(patches), patches.shape[1]
+        one = self.sentence(sentence).unsqueeze(1).expand(-1, steps, -1)
+        two = self.sound(sound).unsqueeze(1).expand(-1, steps, -1)
+        return self.head(F.gelu(self.fuse(torch.cat([x, one, two], dim=-1))).mean(1))
+
+
+class GatedBlock(nn.Module):
+    """Flamingo's block (Alayrac et al. 2022): words look at two concatenated streams, through gates."""
+
+    def __init__(self, dim: int = 512, heads: int = 8) -> None:
+        """Widths as the forward has them."""
+        super().__init__()
+        self.heads = heads
+        self.norm, self.query, self.out = nn.LayerNorm(dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.image, self.sound = nn.Linear(dim, 2 * dim), nn.Linear(dim, 2 * dim)
+        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.attend_gate, self.feed_gate = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor, image: Tensor, sound: Tensor, seen: Tensor) -> Tensor:
+        """[B, L, dim], [B, S, dim], [B, T, dim], bool [B, S + T] -> [B, L, dim]."""
+
+        def heads(t: Tensor) -> Tensor:
+            return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, S, D]
+
+        pairs = [self.image(image).chunk(2, -1), self.sound(sound).chunk(2, -1)]
+        key, value = (torch.cat([heads(pair[i]) for pair in pairs], dim=2) for i in range(2))
+        attended = F.scaled_dot_product_attention(
+            heads(self.query(self.norm(x))), key, value, attn_mask=seen[:, None, None]
+        )
+        x = x + self.attend_gate.tanh() * self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.feed_gate.tanh() * self.down(F.gelu(self.up(x)))
+
+
+class ClickModel(nn.Module):
+    """DLRM (Naumov et al. 2019): dot products of all pairs of embeddings, concatenated with what is dense."""
+
+    upper: Tensor
+
+    def __init__(self, tables: int = 26, rows: int = 1000, dim: int = 64, dense: int = 13) -> None:
+        """Widths as the forward has them."""
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(rows, dim) for _ in range(tables))
+        self.bottom = nn.Sequential(nn.Linear(dense, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        pairs = (tables + 1) * tables // 2
+        self.top = nn.Sequential(
+            nn.Linear(dim + pairs, 8 * dim), nn.GELU(), nn.Linear(8 * dim, 4 * dim), nn.GELU()
+        )
+        self.click = nn.Linear(4 * dim, 1)
+        self.register_buffer("upper", torch.stack(tuple(torch.triu_indices(tables + 1, tables + 1, 1))))
+
+    def forward(self, dense: Tensor, categories: Tensor) -> Tensor:
+        """[B, dense], [B, tables] -> [B, 1]."""
+        x = self.bottom(dense)
+        all_ = torch.stack([x, *(table(categories[:, i]) for i, table in enumerate(self.tables))], 1)
+        i, j = self.upper.unbind()
+        return self.click(self.top(torch.cat([x, (all_ @ all_.mT)[:, i, j]], dim=1)))
+
+
+class PromptAdapter(nn.Module):
+    """Decoupled attention (Ye et al. 2023, IP-Adapter): one softmax over the text, one over the image."""
+
+    def __init__(self, dim: int = 320, context: int = 768, heads: int = 8) -> None:
+        """Widths as the forward has them."""
+        super().__init__()
+        self.heads = heads
+        self.query, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.text, self.image = nn.Linear(context, 2 * dim), nn.Linear(context, 2 * dim)
+
+    def forward(self, x: Tensor, text: Tensor, image: Tensor) -> Tensor:
+        """[B, L, dim], [B, S, context], [B, 4, context] -> [B, L, dim]."""
+
+        def heads(t: Tensor) -> Tensor:
+            return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        def attend(key: Tensor, value: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(query, heads(key), heads(value))
+
+        query = heads(self.query(x))
+        attended = attend(*self.text(text).chunk(2, -1)) + attend(*self.image(image).chunk(2, -1))
+        return x + self.out(attended.transpose(1, 2).flatten(2))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and its inputs; a batch's size scales both."""
+
+    model: Callable[[], nn.Module]
+    inputs: Callable[[torch.Generator], Inputs]
+    required: float | None = None  # of Inductor's time, in float32
+
+
+def _randn(*shape: int) -> Callable[[torch.Generator], Tensor]:
+    return lambda generator: torch.randn(shape, generator=generator)
+
+
+def _mask(batch: int, *streams: int) -> Callable[[torch.Generator], Tensor]:
+    """Of every stream a quarter to all is there."""
+
+    def make(generator: torch.Generator) -> Tensor:
+        lengths = [torch.randint(s // 4, s + 1, (batch, 1), generator=generator) for s in streams]
+        return torch.cat([torch.arange(s) < n for s, n in zip(streams, lengths, strict=True)], 1)
+
+    return make
+
+
+def _inputs(*makers: Callable[[torch.Generator], Any]) -> Callable[[torch.Generator], Inputs]:
+    return lambda generator: tuple(make(generator) for make in makers)
+
+
+def _article_batch(batch: int) -> Callable[[torch.Generator], dict[str, Tensor]]:
+    def make(generator: torch.Generator) -> dict[str, Tensor]:
+        return {
+            "image": torch.randn(batch, 3, 64, 64, generator=generator),
+            "text": torch.randint(1000, (batch, 32), generator=generator),
+            "audio": torch.randn(batch, 64, 200, generator=generator),
+            "lengths": torch.tensor([[1, 32, 200]]).expand(batch, 3).contiguous(),
+            "present": torch.ones(batch, 3, dtype=torch.bool),
+        }
+
+    return make
+
+
+def _article() -> nn.Module:
+    modalities = {"image": Image(size=64), "text": Text(max_tokens=32), "audio": Audio()}
+    return ArticleModel(modalities, 1000, 10, 256)
+
+
+CASES = {
+    "late fusion": Case(LateFusion, _inputs(_randn(32, 196, 768), _randn(32, 512), _randn(32, 128)), 1.3),
+    "Flamingo-type block": Case(
+        GatedBlock,
+        _inputs(_randn(8, 64, 512), _randn(8, 577, 512), _randn(8, 400, 512), _mask(8, 577, 400)),
+    ),
+    "DLRM-type": Case(
+        ClickModel, _inputs(_randn(512, 13), lambda g: torch.randint(1000, (512, 26), generator=g))
+    ),
+    "image-prompt adapter": Case(
+        PromptAdapter, _inputs(_randn(2, 1024, 320), _randn(2, 77, 768), _randn(2, 4, 768))
+    ),
+    "the article's model": Case(_article, _inputs(_article_batch(16))),
+}
+
+
+def works(device: str | None = None) -> list[Work]:
+    """Every model in float32 and under bfloat16 autocast, on a GPU where there is one."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return [
+        Work(
+            name=f"{name}: training step{' under bfloat16 autocast' if half else ''}",
+            variants={
+                variant: _at_first_call(functools.partial(training, case, device, compiler, half))
+                for variant, compiler in (("mmfast", mmfast), ("inductor", "inductor"), ("eager", None))
+            },
+            inputs=functools.partial(inputs, case, device),
+            reference=functools.partial(reference, case),
+            device=device,
+            required={"inductor": case.required} if case.required and not half else {},
+            sets=1,
+            computed_in=dict.fromkeys(("mmfast", "inductor", "eager"), torch.bfloat16) if half else {},
+        )
+        for name, case in CASES.items()
+        for half in (False, True)
+    ]
+
+
+def test_compiler(
+    measured: Result, variant: str, rounds: Callable[[BenchmarkFixture], None], benchmark: BenchmarkFixture
+) -> None:
+    """Every variant's rounds."""
+    rounds(benchmark)
+
+
+def build(case: Case) -> nn.Module:
+    """The model, with the same weights each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return case.model()
+
+
+def training(case: Case, device: str, compiler: Any, half: bool) -> Call:
+    """A step that gives the loss and gradients. At a rate of 0 it does its work and leaves the weights."""
+    model = build(case).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    forward = model if compiler is None else torch.compile(model, backend=compiler, dynamic=False)
+
+    def step(*args: Any) -> list[Tensor]:
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            out = forward(*args)
+        loss = _loss(out)
+        loss.backward()
+        optimizer.step()
+        return [loss.double(), *_gradients(model)]
+
+    return step
+
+
+def reference(case: Case, *args: Any) -> list[Tensor]:
+    """The same by the model itself, in the dtype of the inputs; float32 or wider."""
+    first = next(t for t in tree_leaves(args) if t.is_floating_point())
+    model = build(case).to(first.device, first.dtype)
+    loss = _loss(model(*args))
+    loss.backward()
+    wide = torch.promote_types(first.dtype, torch.float32)
+    return [loss.double(), *(grad.to(wide) for grad in _gradients(model))]
+
+
+def inputs(case: Case, device: str, seed: int) -> Inputs:
+    """Seeded inputs."""
+    made = case.inputs(torch.Generator().manual_seed(seed))
+    return tuple(tree_map(lambda t: t.to(device), made))
+
+
+def _gradients(model: nn.Module) -> list[Tensor]:
+    """Of the matrices: Inductor sums a bias's in one chain of float32, beyond the bound for ours."""
+    return [p.grad for p in model.parameters() if p.grad is not None and p.dim() > 1]
+
+
+def _loss(out: Any) -> Tensor:
+    (y,) = tree_leaves(out)
+    return y.to(torch.promote_types(y.dtype, torch.float32)).square().mean()
+
+
+def _at_first_call(make: Callable[[], Call]) -> Call:
+    made = functools.cache(make)
+    return lambda *args: made()(*args)

@@ -1,0 +1,25 @@
+"""Whether what was found is worth replacing: the one place where that is decided, by the committed table.
+
+``table.json`` holds for an op, a device and a dtype how many floating point operations a layer must have
+(``"flops"``), or how many of them the op must save because sources are broadcast (``"saved"``), for a model
+that Inductor compiles to be faster with the op in it.
+"""
+
+import math
+
+from mmfast.compiler._match import Match
+from mmfast.ops._backend import choose, measured
+
+
+def slower(match: Match) -> str:
+    """Why ``match`` would not be faster; empty if it would."""
+    out = match.last.meta["example_value"]
+    if choose(match.op, out.device) == "reference":
+        return f"no kernel of it is measured for {out.device.type}"
+    dtype = str(out.dtype).removeprefix("torch.")
+    least = measured(match.op, out.device).get("compiler", {}).get(dtype)
+    if least is None:
+        return f"it is not measured in {dtype}"
+    if match.flops >= least.get("flops", math.inf) or match.saved >= least.get("saved", math.inf):
+        return ""
+    return f"not faster: {match.flops:.2g} operations, {match.saved:.2g} of them saved"

@@ -1,0 +1,289 @@
+"""``torch.compile(backend="mmfast")`` in whole models: training, autocast, checkpoints, FSDP2, dynamic shapes."""
+
+import copy
+from contextlib import nullcontext
+from importlib.metadata import entry_points
+
+import pytest
+import torch
+import torch.distributed as dist
+from graphs import CASES
+from rewriting import assert_promised, counted, rewritten
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import mmfast
+from mmfast.compiler import mmfast as backend
+from mmfast.compiler import rewrite
+from mmfast.ops import concat_linear, cross_attention, native_calls
+
+NATIVE = "cpu" in {
+    name for name, state in mmfast.ops.available("concat_linear", "cpu").items() if state == "ready"
+}
+needs_kernels = pytest.mark.skipif(not NATIVE, reason="the CPU kernels were not built")
+
+
+class LateFusion(nn.Module):
+    """Patches, a pooled sentence beside each of them, a norm; then attention over two streams."""
+
+    def __init__(self, width=64, rematerialise=False):
+        super().__init__()
+        self.image, self.text = nn.Linear(24, width), nn.Linear(12, width // 2)
+        self.norm = nn.LayerNorm(width + width // 2)
+        self.fuse = nn.Linear(width + width // 2, width)
+        self.head = nn.Linear(width, 3)
+        self.rematerialise = rematerialise
+
+    def fused(self, x, pooled):
+        pooled = pooled.unsqueeze(1).expand(-1, x.shape[1], -1)
+        return F.gelu(self.fuse(self.norm(torch.cat([x, pooled], -1))))
+
+    def forward(self, patches, sentence, seen):
+        x, pooled = self.image(patches), self.text(sentence)
+        x = (
+            checkpoint(self.fused, x, pooled, use_reentrant=False)
+            if self.rematerialise
+            else self.fused(x, pooled)
+        )
+        one, other = x.unflatten(-1, (4, -1)).transpose(1, 2).chunk(2, 2)  # [B, 4, S / 2, D] each
+        keys = torch.cat([one, other], 2)
+        out = F.scaled_dot_product_attention(one, keys, torch.cat([other, one], 2), seen[:, None, None])
+        return self.head(out.transpose(1, 2).flatten(2).mean(1))
+
+
+def model(**options):
+    torch.manual_seed(0)
+    return LateFusion(**options)
+
+
+def batch(size=3, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(size)
+    patches, sentence = (
+        torch.randn(shape, generator=generator).to(dtype) for shape in ((size, 20, 24), (size, 12))
+    )
+    seen = torch.rand(size, 20, generator=generator) > 0.3
+    seen[:, 0] = True
+    return patches, sentence, seen
+
+
+def step(call, owner, inputs):
+    """The output and every parameter's gradient."""
+    out = call(*inputs)
+    (out.float() if out.dtype == torch.bfloat16 else out).square().sum().backward()
+    gradients = [
+        p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in owner.parameters()
+    ]
+    return [out.detach(), *gradients]
+
+
+def as_promised(got, owner, inputs, dtype=None):
+    """Against the model that nobody compiled, in float64; where ``dtype`` is given, it rounds under autocast."""
+    exact = copy.deepcopy(owner).double()
+    meant = step(exact, exact, [t.double() if t.is_floating_point() else t for t in inputs])
+    plain = copy.deepcopy(owner)
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        same = step(plain, plain, inputs)
+    for i, (ours, theirs, wanted) in enumerate(zip(got, same, meant, strict=True)):
+        assert ours.dtype == theirs.dtype
+        own = (theirs.double() - wanted).abs().max().item()
+        assert_promised(ours.to(dtype or ours.dtype), wanted, own, f"output {i}")
+
+
+def everything(graph, inputs):
+    """The backend with what is found here replaced, however small it is."""
+    assert all(finding.replaced for finding in rewrite(graph, only_faster=False))
+    assert counted([graph], concat_linear) == counted([graph], cross_attention) == 1
+    return backend(graph, inputs)
+
+
+@pytest.fixture(autouse=True)
+def _from_nothing():
+    torch._dynamo.reset()
+
+
+@pytest.mark.inductor
+def test_a_training_step():
+    ours = model()
+    call = torch.compile(ours, backend=everything, fullgraph=True)
+    as_promised(step(call, ours, batch()), model(), batch())
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("inside", [True, False], ids=["inside the model", "around it"])
+def test_a_training_step_under_autocast(inside):
+    ours = model(rematerialise=inside)
+
+    def within(*inputs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return ours(*inputs)
+
+    with nullcontext() if inside else torch.autocast("cpu", torch.bfloat16):
+        got = step(
+            torch.compile(within if inside else ours, backend=everything, fullgraph=True), ours, batch()
+        )
+    as_promised(got, model(), batch(), torch.bfloat16)
+
+
+def test_what_autocast_would_round_before_a_norm_is_left():
+    def norm_of_float32(x, pooled, weight):
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.linear(F.layer_norm(torch.cat([x, pooled], -1), (20,)), weight)
+
+    _, (finding,), _ = _found(norm_of_float32, torch.randn(3, 8), torch.randn(3, 12), torch.randn(5, 20))
+    assert not finding.replaced and "autocast would round" in finding.why
+
+
+def test_a_residual_that_is_wider_than_the_product_stays_outside():
+    def mixed(x, pooled, weight, residual):
+        with torch.autocast("cpu", torch.bfloat16):
+            return residual + F.linear(torch.cat([x, pooled], -1), weight)
+
+    inputs = torch.randn(3, 8), torch.randn(3, 12), torch.randn(5, 20), torch.randn(3, 5)
+    call, (finding,), _ = _found(mixed, *inputs)
+    assert finding.replaced and "residual" not in finding.why and call(*inputs).dtype == torch.float32
+
+
+def _found(function, *inputs):
+    call, found, graphs = rewritten(function)
+    call(*inputs)
+    return call, found, graphs
+
+
+@needs_kernels
+def test_a_checkpointed_region_is_rewritten_and_computed_again():
+    ours = model(rematerialise=True)
+    call, found, graphs = rewritten(ours)
+    before = native_calls("concat_linear.cpu")
+    got = step(call, ours, batch())
+    assert sorted((f.op, f.replaced) for f in found) == [("concat_linear", True), ("cross_attention", True)]
+    assert counted(graphs, concat_linear) == 1 and counted(graphs, torch.cat) == 0
+    assert native_calls("concat_linear.cpu") == before + 2  # forward, and once more before the backward
+    as_promised(got, model(), batch())
+
+
+def test_checkpointed_regions_may_share_what_they_read():
+    def twice(x, pooled, weight):
+        def region(x):
+            return F.silu(F.linear(torch.cat([x, pooled[:, None].expand(-1, 5, -1)], -1), weight))
+
+        for _ in range(2):
+            x = checkpoint(region, x, use_reentrant=False)
+        return x
+
+    _, found, _ = _found(twice, torch.randn(3, 5, 8), torch.randn(3, 4), torch.randn(8, 12))
+    assert [finding.replaced for finding in found] == [True, True]
+
+
+def test_a_checkpointed_region_whose_input_is_edited_later_is_left():
+    def edited(x, pooled, weight):
+        x = x.clone()
+        y = checkpoint(lambda x: F.linear(torch.cat([x, pooled], -1), weight), x, use_reentrant=False)
+        return x.mul_(2).sum() + y
+
+    weight = torch.randn(8, 12, requires_grad=True)
+    _, found, _ = _found(edited, torch.randn(3, 8), torch.randn(3, 4), weight)
+    assert not found
+
+
+def test_a_new_batch_size_compiles_once_more_and_never_again():
+    counter = CompileCounterWithBackend(
+        lambda graph, _: (rewrite(graph, only_faster=False), graph.forward)[1]
+    )
+    ours = model()
+    call = torch.compile(ours, backend=counter, fullgraph=True)
+    for size in range(2, 12):
+        as_promised(step(call, ours, batch(size)), model(), batch(size))
+        ours.zero_grad()
+    assert counter.frame_count <= 2
+    assert (
+        counted(counter.graphs, concat_linear)
+        == counted(counter.graphs, cross_attention)
+        == len(counter.graphs)
+    )
+
+
+def test_fsdp2_and_checkpointing(tmp_path):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        ours = model(rematerialise=True)
+        fully_shard(ours, mesh=init_device_mesh("cpu", (1,)))
+        graphs = []
+
+        def keep(graph, inputs):
+            assert all(finding.replaced for finding in rewrite(graph, only_faster=False))
+            graphs.append(graph)
+            return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+        ours.compile(backend=keep, fullgraph=True)
+        as_promised(step(ours, ours, batch()), model(), batch())
+        assert counted(graphs, concat_linear) == counted(graphs, cross_attention) == 1
+    finally:
+        dist.destroy_process_group()
+
+
+def test_without_gradients_a_later_edit_is_harmless():
+    def edited(a, b, weight):
+        a = a.clone()
+        y = F.linear(torch.cat([a, b], -1), weight)
+        return a.mul_(2).sum() + y
+
+    a, b, weight = torch.randn(3, 8), torch.randn(3, 12), torch.randn(5, 20)
+    call, (finding,), _ = _found(edited, a, b, weight)
+    assert finding.replaced
+    torch.testing.assert_close(call(a, b, weight), edited(a, b, weight))
+
+
+@pytest.mark.inductor
+def test_it_is_found_by_its_name_and_takes_modes_and_options():
+    (entry,) = entry_points(group="torch_dynamo_backends", name="mmfast")
+    assert entry.load() is backend
+    case = CASES["expanded"]
+    inputs = [torch.randn(shape) for shape in case.shapes.values()]
+    for options in ({}, {"mode": "max-autotune-no-cudagraphs"}, {"options": {"epilogue_fusion": False}}):
+        call = torch.compile(case.function, backend="mmfast", **options)
+        torch.testing.assert_close(call(*inputs), case.function(*inputs), rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [((64, 196), "2 sources, 1 of them broadcast, relu"), ((2, 3), "not faster")],
+)
+def test_only_what_the_table_calls_faster_is_replaced(rows, why):
+    def late(x, pooled, weight):
+        return torch.relu(F.linear(torch.cat([x, pooled[:, None].expand(-1, x.shape[1], -1)], -1), weight))
+
+    call, found, _ = rewritten(late, only_faster=True)
+    call(torch.randn(*rows, 64), torch.randn(rows[0], 192), torch.randn(96, 256))
+    assert [finding.replaced for finding in found] == ["not" not in why] and why in found[0].why
+
+
+def test_a_device_without_a_measured_kernel_keeps_its_model(monkeypatch):
+    monkeypatch.setattr("mmfast.compiler._worth.choose", lambda op, device: "reference")
+    call, found, _ = rewritten(CASES["sdpa"].function, only_faster=True)
+    call(*[torch.randn(shape) for shape in CASES["sdpa"].shapes.values()])
+    assert [finding.why for finding in found] == ["no kernel of it is measured for cpu"]
+
+
+@pytest.mark.inductor
+def test_explain_says_what_was_found_and_what_it_brought(capsys, monkeypatch):
+    monkeypatch.setattr("mmfast.compiler._explain.SECONDS", 0.0)
+    monkeypatch.setattr("mmfast.compiler._worth.slower", lambda match: "")
+    ours = model()
+    state = copy.deepcopy(ours.state_dict())
+    told = mmfast.explain(ours, *batch())
+    assert capsys.readouterr().out == f"{told}\n"
+    assert [(f.op, f.replaced) for f in told.findings] == [("concat_linear", True), ("cross_attention", True)]
+    lines = str(told).splitlines()
+    assert lines[0] == "2 found in 1 graph, 2 replaced"
+    assert "test_backend.py:" in lines[1] and lines[1].endswith("2 sources, 1 of them broadcast, norm, gelu")
+    assert lines[2].endswith("2 streams, key padding masks")
+    assert lines[3].startswith("forward + backward: ") and told.before > 0 and told.after > 0
+    assert all(p.grad is None for p in ours.parameters())
+    assert all(torch.equal(value, ours.state_dict()[key]) for key, value in state.items())
+    inputs = [torch.randn(shape) for shape in CASES["expanded"].shapes.values()]
+    assert mmfast.explain(CASES["expanded"].function, *inputs).measured == "forward"

@@ -280,7 +280,7 @@ def test_explain_says_what_was_found_and_what_it_brought(capsys, monkeypatch):
     assert [(f.op, f.replaced) for f in told.findings] == [("concat_linear", True), ("cross_attention", True)]
     lines = str(told).splitlines()
     assert lines[0] == "2 found in 1 graph, 2 replaced"
-    assert "test_backend.py:" in lines[1] and lines[1].endswith("2 sources, 1 of them broadcast, norm, gelu")
+    assert "test_compiler.py:" in lines[1] and lines[1].endswith("2 sources, 1 of them broadcast, norm, gelu")
     assert lines[2].endswith("2 streams, key padding masks")
     assert lines[3].startswith("forward + backward: ") and told.before > 0 and told.after > 0
     assert all(p.grad is None for p in ours.parameters())

@@ -38,7 +38,11 @@ UNTUNED[90] = {
     "gradient.half": {**blocks(64, 32, 32, num_warps=8, num_stages=2), "BLOCK_E": 256},
     "gradient.tf32": {**blocks(64, 32, 32, num_warps=8, num_stages=2), "BLOCK_E": 128},
 }
-UNTUNED[100] = {**UNTUNED[90], "loss.ieee": blocks(32, 32, 16, num_warps=8, num_stages=2)}
+UNTUNED[100] = {
+    **UNTUNED[90],
+    "loss.ieee": blocks(32, 32, 16, num_warps=8, num_stages=2),
+    "gradient.ieee": {**blocks(32, 32, 16, num_warps=8, num_stages=1), "BLOCK_E": 32},
+}
 
 
 @triton.jit

@@ -38,7 +38,14 @@ PEERS = {
     bench_weighted_fusion: ["stacked", "compiled", "terms"],
     bench_cross_attention: ["sdpa", "cat", "merge", "flex"],
     bench_cross_attention_scaling: ["alone"],
-    bench_training_step: ["mmfast eager", "mmfast float32", "stock", "stock compiled", "stock bfloat16"],
+    bench_training_step: [
+        "mmfast eager",
+        "mmfast float32",
+        "stock",
+        "stock compiled",
+        "stock bfloat16",
+        "stock compiled bfloat16",
+    ],
 }
 FEWER = bench_cross_attention  # not every peer does every work
 WORKS = [(suite, at) for suite in PEERS for at in range(len(suite.works("cpu")))]

@@ -297,6 +297,15 @@ def test_autocast_casts_the_features_and_not_the_scale(name):
 
 
 @pytest.mark.parametrize("name", KERNELS)
+def test_a_softmax_does_not_change_with_its_bias(name):
+    arguments = cast(example(), torch.float32)
+    arguments["logit_bias"].requires_grad_()
+    results, without = (run(ours(name), a) for a in (arguments, arguments | {"logit_bias": None}))
+    assert (results.pop("gradient of ['logit_bias']") == 0).all()
+    assert all(torch.equal(value, without[key]) for key, value in results.items())
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_a_scalar_in_a_list_is_one_too(name):
     a = cast(example(problems=1), torch.float32)
     flat = [a["a"][0], a["b"][0], a["logit_scale"], a["logit_bias"].requires_grad_()]

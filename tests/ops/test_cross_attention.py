@@ -172,6 +172,17 @@ def test_an_expanded_tensor_is_read_where_it_lies(name):
 
 
 @pytest.mark.parametrize("name", KERNELS)
+def test_what_hides_keys_may_have_any_layout_and_lengths_either_integer(name):
+    arguments = cast(example_for(name, 3, sizes=(40, 1, 20), **OPTIONS["everything"]), torch.float32)
+    arguments["lengths"][0] = torch.tensor([30, 7, 0])
+    apart = dict(arguments)
+    stepped(apart)
+    one, other = run(all_of(on(name)), arguments), run(all_of(on(name)), apart)
+    assert apart["lengths"][0].dtype == torch.int32 and apart["lengths"][2].dtype == torch.int64
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_gradients_arrive_in_any_layout(name):
     arguments = cast(example_for(name, bias=2), torch.float32)
     out, stats = on(name)(**arguments, return_stats=True)
@@ -290,13 +301,13 @@ def check_problem(name, arguments, dtype=torch.float32, **options):
     check(all_of(on(name)), all_of(reference.cross_attention), arguments, dtype, upstreams=4, **options)
 
 
-ANY = problems([0, 3], [1, 2, 4], [0, 17, 30, 70], [0, 1, 2, 7, 40, 70, 150], 16)
+ANY = problems([3, 2, 3, 1, 0], [1, 2, 4], [17, 30, 70, 17, 70, 0], [40, 70, 150, 7, 2, 1, 0], 16)
 needs_cpu = pytest.mark.skipif("cpu" not in KERNELS, reason="the CPU kernels were not built here")
 
 
 @needs_cpu
 @given(arguments=ANY, dtype=st.sampled_from([torch.float32, torch.float32, torch.float64, torch.float16]))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=150)
 def test_any_shape_visibility_and_layout(arguments, dtype):
     check_problem("cpu", arguments, dtype)
     # of few numbers a gradient's error in bfloat16, like the reference's, is a matter of luck

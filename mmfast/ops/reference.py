@@ -91,7 +91,7 @@ def cross_attention(
     sees = seen.any(-1, keepdim=True)  # [B, H, L, 1]
 
     # Whatever is not finite is taken out before it is multiplied, since 0 * nan is nan, and put back as a nan
-    # where it is seen.
+    # where it is seen: for the gradient too, which is that of the weights.
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     logits = (torch.where(sees, query, 0.0) @ _finite(key).mT).to(wide) * scale
     logits = torch.where(key.isfinite().all(-1)[:, :, None], logits, torch.nan)
@@ -101,7 +101,8 @@ def cross_attention(
     weights = torch.where(seen, logits.softmax(-1), 0.0)
     out = weights.to(value.dtype) @ _finite(value)  # [B, H, L, Dv]
     spoilt = seen.to(value.dtype) @ (~value.isfinite()).to(value.dtype)
-    out = torch.where(sees, torch.where(spoilt > 0, torch.nan, out), 0.0)
+    out = out + weights.sum(-1, keepdim=True).to(value.dtype) * spoilt.masked_fill(spoilt > 0, torch.nan)
+    out = torch.where(sees, out, 0.0)
     if not return_stats:
         return out
     lse = torch.where(sees.squeeze(-1), logits.logsumexp(-1), -torch.inf)

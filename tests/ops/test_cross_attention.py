@@ -236,7 +236,9 @@ def problems(draw, batches, kv_heads, queries, sizes, most_sources=4):
     """Any sizes, visibility of every kind and mix, and any layout with a dense last dimension. Dozens of
     queries: of a few, the reference's own error, which bounds ours, is a matter of luck.
     """
-    sizes = draw(st.lists(st.sampled_from(sizes), min_size=1, max_size=most_sources))
+    few = st.lists(st.sampled_from(sizes), min_size=1, max_size=4)
+    many = st.lists(st.sampled_from([9, 1, 0]), min_size=5, max_size=most_sources)
+    sizes = draw(st.one_of(few, few, many) if most_sources > 4 else few)
     n = len(sizes)
     kv_heads = draw(st.sampled_from(kv_heads))
     arguments = example(
@@ -307,7 +309,7 @@ needs_cpu = pytest.mark.skipif("cpu" not in KERNELS, reason="the CPU kernels wer
 
 @needs_cpu
 @given(arguments=ANY, dtype=st.sampled_from([torch.float32, torch.float32, torch.float64, torch.float16]))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 def test_any_shape_visibility_and_layout(arguments, dtype):
     check_problem("cpu", arguments, dtype)
     # of few numbers a gradient's error in bfloat16, like the reference's, is a matter of luck

@@ -171,6 +171,19 @@ def test_visible_nan_propagates(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("part", ["key", "value"])
+def test_visible_nan_propagates_to_the_gradients(name, part):
+    """Of one key of one head: to its queries and other keys, and not to what another head reads."""
+    arguments = cast(example_for(name, 1, sizes=(5, 9)), torch.float32)
+    with torch.no_grad():
+        arguments["sources"][1][part == "value"][0, 0, 3, 2] = torch.nan
+    results = run(on(name), arguments)
+    for key in ("['query']", "['sources'][0][0]"):
+        assert results[f"gradient of {key}"][:, 0].isnan().all(), key
+    assert all(t[:, 1:].isfinite().all() for t in results.values())
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 def test_queries_are_not_cut_with_the_key_mask_when_lengths_differ(name):
     """A stack that unpads queries with the keys' mask drops queries silently where L is not S."""
     arguments = cast(example(2, queries=11, sizes=(5,), grad=False), torch.float32)

@@ -1,5 +1,6 @@
 """``concat_linear``: a linear layer over a concatenation that is never made."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,9 +9,11 @@ from torch import Tensor
 
 from mmfast.ops import reference
 from mmfast.ops._backend import autocast, choose, define, distinct, once_differentiable
+from mmfast.ops._checks import require_dtype, require_flags, require_tensors, wrong
 
 ACTIVATIONS = ("none", "relu", "gelu", "silu", "swiglu")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_wrong = functools.partial(wrong, "concat_linear")
 
 
 def concat_linear(
@@ -57,7 +60,7 @@ def concat_linear(
     contiguous, of rows that a norm comes before (a few at a time in each thread), and of everything in
     float16, as float32. The weight is packed once a call.
     """
-    _require_tensors(inputs)
+    require_tensors("concat_linear", "inputs", inputs)
     weight, bias, norm_weight, norm_bias, residual, gate, *inputs = autocast(
         weight, bias, norm_weight, norm_bias, residual, gate, *inputs
     )
@@ -124,23 +127,6 @@ class _ConcatLinear(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _require_tensors(inputs: Any) -> None:
-    if not isinstance(inputs, list | tuple):
-        raise TypeError(
-            f"concat_linear: inputs is a {type(inputs).__name__}, wanted a list or tuple of tensors"
-        )
-    for i, x in enumerate(inputs):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"concat_linear: inputs[{i}] is a {type(x).__name__}, wanted a tensor")
-    if not inputs:
-        raise _wrong("inputs", "empty", "at least one tensor")
-
-
-def _wrong(name: str, got: object, wanted: str) -> ValueError:
-    got = list(got) if isinstance(got, torch.Size) else got
-    return ValueError(f"concat_linear: {name} is {got}, wanted {wanted}")
-
-
 def _check(
     activation: str,
     norm_eps: float | None,
@@ -156,8 +142,7 @@ def _check(
     if activation not in ACTIVATIONS:
         raise _wrong("activation", repr(activation), "one of " + ", ".join(ACTIVATIONS))
     dtype, device = weight.dtype, weight.device
-    if dtype not in DTYPES:
-        raise _wrong("weight's dtype", dtype, "float32, bfloat16, float16 or float64")
+    require_dtype("concat_linear", "weight", dtype)
     for i, t in enumerate((*inputs, bias, norm_weight, norm_bias, residual, gate)):
         if t is not None and (t.dtype != dtype or t.device != device or t.dim() == 0):
             names = ("bias", "norm_weight", "norm_bias", "residual", "gate")
@@ -199,12 +184,11 @@ def _check(
                 )
             lead = together
     if present is not None:
-        if present.dtype != torch.bool or present.device != device:
-            raise _wrong("present", f"{present.dtype} on {present.device}", f"torch.bool on {device}")
         if not lead:
             raise _wrong("present", present.shape, "None, since the inputs have no leading dimension")
-        if present.shape != (lead[0], len(inputs)):
-            raise _wrong("present", present.shape, f"[{lead[0]}, {len(inputs)}]: samples, inputs")
+        require_flags(
+            "concat_linear", "present", present, device, (lead[0], len(inputs)), ": samples, inputs"
+        )
     if residual is not None and (residual.shape[-1] != out or _broadcast(lead, residual.shape[:-1]) != lead):
         raise _wrong("residual", residual.shape, f"[..., {out}] that broadcasts to {[*lead, out]}")
 

@@ -1,5 +1,6 @@
 """``contrastive_loss``: every pair against all others, tile by tile: the matrix of logits is never there."""
 
+import functools
 from typing import Any
 
 import torch
@@ -7,9 +8,11 @@ from torch import Tensor
 
 from mmfast.ops import reference
 from mmfast.ops._backend import autocast, choose, define, distinct, once_differentiable
+from mmfast.ops._checks import require_dtype, require_flags, wrong
 
 KINDS = ("softmax", "sigmoid")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_wrong = functools.partial(wrong, "contrastive_loss")
 
 
 def contrastive_loss(
@@ -107,11 +110,6 @@ def _wide(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-def _wrong(name: str, got: object, wanted: str) -> ValueError:
-    got = list(got) if isinstance(got, torch.Size) else got
-    return ValueError(f"contrastive_loss: {name} is {got}, wanted {wanted}")
-
-
 def _check(
     a: Tensor,
     b: Tensor,
@@ -123,8 +121,7 @@ def _check(
     if kind not in KINDS:
         raise _wrong("kind", repr(kind), "one of " + ", ".join(KINDS))
     dtype, device = a.dtype, a.device
-    if dtype not in DTYPES:
-        raise _wrong("a's dtype", dtype, "float32, bfloat16, float16 or float64")
+    require_dtype("contrastive_loss", "a", dtype)
     if a.dim() != 2:
         raise _wrong("a", a.shape, "[N, E]")
     if b.dtype != dtype or b.device != device:
@@ -141,10 +138,7 @@ def _check(
         if t.dim() > 1 or t.numel() != 1:
             raise _wrong(name, t.shape, "[] or [1]")
     if present is not None:
-        if present.dtype != torch.bool or present.device != device:
-            raise _wrong("present", f"{present.dtype} on {present.device}", f"torch.bool on {device}")
-        if present.shape != a.shape[:1]:
-            raise _wrong("present", present.shape, f"[{a.shape[0]}], one for each pair")
+        require_flags("contrastive_loss", "present", present, device, a.shape[:1], ", one for each pair")
 
 
 def _forward_fake(

@@ -1,5 +1,6 @@
 """``cross_attention``: one softmax over the keys of several sources, which are never concatenated."""
 
+import functools
 from collections.abc import Sequence
 from types import NoneType
 from typing import Any, Literal, overload
@@ -9,14 +10,16 @@ from torch import Tensor
 
 from mmfast.ops import reference
 from mmfast.ops._backend import autocast, choose, define, distinct, once_differentiable
+from mmfast.ops._checks import require_dtype, wrong
 from mmfast.ops.reference import AttentionStats
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 MOST_SOURCES = 16
 
 Source = tuple[Tensor, Tensor]
 PerSource = Sequence[Tensor | None] | None
+
+_wrong = functools.partial(wrong, "cross_attention")
 
 
 @overload
@@ -177,11 +180,6 @@ def _wide(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-def _wrong(name: str, got: object, wanted: str) -> ValueError:
-    got = list(got) if isinstance(got, torch.Size) else got
-    return ValueError(f"cross_attention: {name} is {got}, wanted {wanted}")
-
-
 def _require(name: str, given: Any, kind: Any, wanted: str) -> None:
     if not isinstance(given, kind):
         raise TypeError(f"cross_attention: {name} is a {type(given).__name__}, wanted {wanted}")
@@ -231,8 +229,7 @@ def _check(
     source_bias: Any,
 ) -> None:
     dtype, device, n = query.dtype, query.device, len(keys)
-    if dtype not in DTYPES:
-        raise _wrong("query's dtype", dtype, "float32, bfloat16, float16 or float64")
+    require_dtype("cross_attention", "query", dtype)
     if query.dim() != 4:
         raise _wrong("query", query.shape, "[B, H, L, D]")
     batch, heads, queries, depth = query.shape

@@ -1,5 +1,6 @@
 """``group_norm``: a group norm with the sum and the activation that follow it."""
 
+import functools
 from typing import Any
 
 import torch
@@ -7,9 +8,11 @@ from torch import Tensor
 
 from mmfast.ops import reference
 from mmfast.ops._backend import autocast, choose, define, distinct, once_differentiable
+from mmfast.ops._checks import require_dtype, wrong
 
 ACTIVATIONS = ("none", "relu")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_wrong = functools.partial(wrong, "group_norm")
 
 
 def group_norm(
@@ -92,11 +95,6 @@ class _GroupNorm(torch.autograd.Function):
         return None, None, None, None, d_input, d_weight, d_bias, d_residual
 
 
-def _wrong(name: str, got: object, wanted: str) -> ValueError:
-    got = list(got) if isinstance(got, torch.Size) else got
-    return ValueError(f"group_norm: {name} is {got}, wanted {wanted}")
-
-
 def _check(
     input: Tensor,
     num_groups: int,
@@ -110,8 +108,7 @@ def _check(
     if input.dim() < 2 or 0 in input.shape[1:]:
         raise _wrong("input", input.shape, "[B, C, ...], of which B alone may be 0")
     dtype, device, channels = input.dtype, input.device, input.shape[1]
-    if dtype not in DTYPES:
-        raise _wrong("input's dtype", dtype, "float32, bfloat16, float16 or float64")
+    require_dtype("group_norm", "input", dtype)
     if num_groups < 1 or channels % num_groups:
         raise _wrong("num_groups", num_groups, f"a divisor of input's {channels} channels")
     for name, t, shape in (

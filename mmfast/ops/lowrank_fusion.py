@@ -1,5 +1,6 @@
 """``lowrank_fusion``: the tensor product of several vectors, under a weight of low rank."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,8 +9,9 @@ from torch import Tensor
 
 from mmfast.ops import reference
 from mmfast.ops._backend import autocast, choose, define, distinct, once_differentiable
+from mmfast.ops._checks import require_dtype, require_flags, require_tensors, wrong
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_wrong = functools.partial(wrong, "lowrank_fusion")
 
 
 def lowrank_fusion(
@@ -46,8 +48,8 @@ def lowrank_fusion(
     on the CPU of everything in float16, as float32. For the backward, all modalities' products are kept:
     n B R O elements.
     """
-    _require_tensors("inputs", inputs)
-    _require_tensors("factors", factors)
+    require_tensors("lowrank_fusion", "inputs", inputs)
+    require_tensors("lowrank_fusion", "factors", factors)
     if len(factors) != len(inputs):
         raise _wrong("factors", f"{len(factors)} tensors", f"{len(inputs)}, one for each of the inputs")
     n = len(inputs)
@@ -85,23 +87,6 @@ class _LowRankFusion(torch.autograd.Function):
         return None, None, None, *(next(grads) if needed else None for needed in needs)
 
 
-def _require_tensors(name: str, tensors: Any) -> None:
-    if not isinstance(tensors, list | tuple):
-        raise TypeError(
-            f"lowrank_fusion: {name} is a {type(tensors).__name__}, wanted a list or tuple of tensors"
-        )
-    for i, t in enumerate(tensors):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"lowrank_fusion: {name}[{i}] is a {type(t).__name__}, wanted a tensor")
-    if not tensors:
-        raise _wrong(name, "empty", "at least one tensor")
-
-
-def _wrong(name: str, got: object, wanted: str) -> ValueError:
-    got = list(got) if isinstance(got, torch.Size) else got
-    return ValueError(f"lowrank_fusion: {name} is {got}, wanted {wanted}")
-
-
 def _check(
     inputs: Sequence[Tensor],
     factors: Sequence[Tensor],
@@ -110,8 +95,7 @@ def _check(
     present: Tensor | None,
 ) -> None:
     dtype, device = rank_weight.dtype, rank_weight.device
-    if dtype not in DTYPES:
-        raise _wrong("rank_weight's dtype", dtype, "float32, bfloat16, float16 or float64")
+    require_dtype("lowrank_fusion", "rank_weight", dtype)
     if rank_weight.dim() != 1:
         raise _wrong("rank_weight", rank_weight.shape, "[R]")
     for name, tensors in (("inputs", inputs), ("factors", factors)):
@@ -133,11 +117,8 @@ def _check(
     if bias is not None and bias.shape != (width,):
         raise _wrong("bias", bias.shape, f"[{width}]")
     if present is not None:
-        if present.dtype != torch.bool or present.device != device:
-            raise _wrong("present", f"{present.dtype} on {present.device}", f"torch.bool on {device}")
-        if present.shape != (inputs[0].shape[0], len(inputs)):
-            wanted_shape = f"[{inputs[0].shape[0]}, {len(inputs)}]: samples, inputs"
-            raise _wrong("present", present.shape, wanted_shape)
+        shape = (inputs[0].shape[0], len(inputs))
+        require_flags("lowrank_fusion", "present", present, device, shape, ": samples, inputs")
 
 
 def _forward_fake(

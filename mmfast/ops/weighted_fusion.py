@@ -1,5 +1,6 @@
 """``weighted_fusion``: a mean of several sources with learned weights, over those that are there."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,8 +9,9 @@ from torch import Tensor
 
 from mmfast.ops import reference
 from mmfast.ops._backend import autocast, choose, define, distinct, once_differentiable
+from mmfast.ops._checks import require_dtype, require_flags, require_tensors, wrong
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_wrong = functools.partial(wrong, "weighted_fusion")
 
 
 def weighted_fusion(inputs: Sequence[Tensor], logits: Tensor, *, present: Tensor | None = None) -> Tensor:
@@ -37,7 +39,7 @@ def weighted_fusion(inputs: Sequence[Tensor], logits: Tensor, *, present: Tensor
     on the CPU of everything in float16, as float32. The gradient of a source that is broadcast is made for
     every row and summed afterwards.
     """
-    _require_tensors(inputs)
+    require_tensors("weighted_fusion", "inputs", inputs)
     logits, *inputs = autocast(logits, *inputs)
     _check(inputs, logits, present)
     backend = choose("weighted_fusion", logits.device)
@@ -77,27 +79,9 @@ class _WeightedFusion(torch.autograd.Function):
         )
 
 
-def _require_tensors(inputs: Any) -> None:
-    if not isinstance(inputs, list | tuple):
-        raise TypeError(
-            f"weighted_fusion: inputs is a {type(inputs).__name__}, wanted a list or tuple of tensors"
-        )
-    for i, x in enumerate(inputs):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"weighted_fusion: inputs[{i}] is a {type(x).__name__}, wanted a tensor")
-    if not inputs:
-        raise _wrong("inputs", "empty", "at least one tensor")
-
-
-def _wrong(name: str, got: object, wanted: str) -> ValueError:
-    got = list(got) if isinstance(got, torch.Size) else got
-    return ValueError(f"weighted_fusion: {name} is {got}, wanted {wanted}")
-
-
 def _check(inputs: Sequence[Tensor], logits: Tensor, present: Tensor | None) -> None:
     n, dtype, device = len(inputs), logits.dtype, logits.device
-    if dtype not in DTYPES:
-        raise _wrong("logits' dtype", dtype, "float32, bfloat16, float16 or float64")
+    require_dtype("weighted_fusion", "logits", dtype)
     if logits.dim() == 0 or logits.shape[-1] != n:
         raise _wrong("logits", logits.shape, f"[..., {n}], one for each of the inputs")
     lead = logits.shape[:-1]
@@ -116,12 +100,9 @@ def _check(inputs: Sequence[Tensor], logits: Tensor, present: Tensor | None) -> 
                 wanted = f"leading dimensions that broadcast with those of {before}"
                 raise _wrong(f"inputs[{i}]", x.shape, wanted) from None
     if present is not None:
-        if present.dtype != torch.bool or present.device != device:
-            raise _wrong("present", f"{present.dtype} on {present.device}", f"torch.bool on {device}")
         if not lead:
             raise _wrong("present", present.shape, "None, since the inputs have no leading dimension")
-        if present.shape != (lead[0], n):
-            raise _wrong("present", present.shape, f"[{lead[0]}, {n}]: samples, inputs")
+        require_flags("weighted_fusion", "present", present, device, (lead[0], n), ": samples, inputs")
 
 
 def _lead(inputs: list[Tensor], logits: Tensor) -> torch.Size:

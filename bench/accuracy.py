@@ -1,7 +1,8 @@
 """What a configuration learns: with all modalities, with each alone, and beside the article's model.
 
 ``python -m mmfast.bench.accuracy configs/digits.yaml --seeds 5`` trains every variant once per seed and
-prints a table with 95 % intervals; ``--stock`` trains the same model by the stock loop too.
+prints a table with 95 % intervals; ``--stock`` trains the same model by the stock loop too. ``--fusions``
+trains the model with every fusion instead, and tells how it does where modalities are missing.
 ``examples/demo.py`` uses the same functions with one seed.
 """
 
@@ -20,8 +21,11 @@ from mmfast.bench.report import RESULTS, Machine, commit
 from mmfast.bench.stock_loop import StockLoop
 from mmfast.data import Data
 from mmfast.errors import UserError
-from mmfast.models import ArticleConfig
+from mmfast.models import ArticleConfig, FusionConfig, ModelConfig
 from mmfast.train import Config, Trainer, build, load_config
+
+
+MISSING = 0.3  # of the modalities at test time, in the table of fusions
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,31 @@ def variants(config: Config) -> dict[str, Config]:
 
     alone = {f"{name} alone": variant(f"{name} alone", [name]) for name in config.data.modalities}
     return {"all": variant("all"), **alone, "article": replace(variant("article"), model=ArticleConfig())}
+
+
+def fusions(config: Config) -> dict[str, Config]:
+    """The job with every fusion there is, each at the width that it has."""
+    model = config.model
+    assert isinstance(model, ModelConfig)
+
+    def variant(kind: Callable[..., FusionConfig], name: str) -> Config:
+        trainer = replace(config.trainer, out=f"{config.trainer.out}/{name}", overwrite=True)
+        return replace(config, model=replace(model, fusion=kind(dim=model.fusion.dim)), trainer=trainer)
+
+    return {kind.__name__: variant(kind, kind.__name__) for kind in FusionConfig.__subclasses__()}
+
+
+def with_missing(by_modalities: dict[str, float], share: float) -> float:
+    """Accuracy to be expected where each modality is missing in ``share`` of samples, but never all of them.
+
+    By the accuracies with each subset of modalities, so that no draw of what is missing adds noise.
+    """
+    names = max(by_modalities, key=len).split("+")
+    chances = {
+        shown: (1 - share) ** (kept := len(shown.split("+"))) * share ** (len(names) - kept)
+        for shown in by_modalities
+    }
+    return sum(chances[s] * accuracy for s, accuracy in by_modalities.items()) / sum(chances.values())
 
 
 def learn(
@@ -115,26 +144,55 @@ def table(scores: dict[str, list[float]], chance: float) -> str:
     return "\n".join([*lines, f"| majority class | {chance:.3f} | |"])
 
 
+def fusion_table(outcomes: dict[str, list[Outcome]]) -> str:
+    """A Markdown table: a row for each fusion. A step's time is that of the first fusion's, of the same seed."""
+    lines = [
+        f"| fusion | test accuracy | {MISSING:.0%} of modalities missing | time of a training step |",
+        "|---|---|---|---|",
+    ]
+    first = next(iter(outcomes.values()))
+    for name, learnt in outcomes.items():
+        columns = [
+            "{:.3f} ± {:.3f}".format(*interval(values))
+            for values in (
+                [one.accuracy for one in learnt],
+                [with_missing(one.by_modalities, MISSING) for one in learnt],
+            )
+        ]
+        ratios = [
+            np.median(one.step_seconds) / np.median(other.step_seconds)
+            for one, other in zip(learnt, first, strict=True)
+        ]
+        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+        lines.append(f"| {' | '.join([name, *columns])} | {middle:.2f} ({low:.2f}–{high:.2f}) |")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train every variant over the seeds, print the table and keep it in bench/results/."""
     parser = argparse.ArgumentParser(prog="python -m mmfast.bench.accuracy", description=__doc__)
     parser.add_argument("config", help="as for mmfast fit; further options override its keys")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--stock", action="store_true", help="train by the stock loop too")
+    parser.add_argument("--fusions", action="store_true", help="with every fusion, instead of every modality")
     options, overrides = parser.parse_known_args(arguments)
     try:
         config = load_config(options.config, overrides)
-        scores: dict[str, list[float]] = {}
+        outcomes: dict[str, list[Outcome]] = {}
+        stock: list[float] = []
         for seed in range(options.seeds):
             data = replace(config.data, seed=seed)
             seeded = replace(config, data=data, trainer=replace(config.trainer, seed=seed))
-            for name, variant in variants(seeded).items():
-                scores.setdefault(name, []).append(learn(variant, quiet=True).accuracy)
-                print(f"seed {seed}, {name}: {scores[name][-1]:.3f}", flush=True)
+            for name, variant in (fusions if options.fusions else variants)(seeded).items():
+                one = learn(variant, every_subset=options.fusions, quiet=True)
+                outcomes.setdefault(name, []).append(one)
+                print(f"seed {seed}, {name}: {one.accuracy:.3f}", flush=True)
             if options.stock:
-                scores.setdefault("stock loop", []).append(learn_stock(seeded))
-                print(f"seed {seed}, stock loop: {scores['stock loop'][-1]:.3f}", flush=True)
-        words = table(scores, majority(Data(config.data)))
+                stock.append(learn_stock(seeded))
+                print(f"seed {seed}, stock loop: {stock[-1]:.3f}", flush=True)
+        scores = {name: [one.accuracy for one in learnt] for name, learnt in outcomes.items()}
+        scores |= {"stock loop": stock} if stock else {}
+        words = fusion_table(outcomes) if options.fusions else table(scores, majority(Data(config.data)))
     except UserError as error:
         print(f"mmfast: error: {error}", file=sys.stderr)
         return 1
@@ -142,10 +200,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mmfast: {stopped or 'interrupted'}", file=sys.stderr)
         return 130
     print(words)
-    name = Path(options.config).stem
+    name = Path(options.config).stem + "-fusions" * options.fusions
     record = {
         "name": name,
         "scores": scores,
+        "by_modalities": {name: [one.by_modalities for one in learnt] for name, learnt in outcomes.items()},
         "commit": commit(),
         "machine": vars(Machine.here()),
         "table": words.split("\n"),

@@ -116,6 +116,97 @@ class PromptAdapter(nn.Module):
         return x + self.out(attended.transpose(1, 2).flatten(2))
 
 
+class ImageTextPair(nn.Module):
+    """CLIP's loss (Radford et al. 2021, figure 3) over what two frozen encoders gave, as in LiT."""
+
+    def __init__(self, image: int = 1024, text: int = 768, dim: int = 512) -> None:
+        """Widths as the forward has them, and that of the common space."""
+        super().__init__()
+        self.image, self.text = (
+            nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, dim)) for width in (image, text)
+        )
+        self.log_scale = nn.Parameter(torch.tensor(2.66))
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        """[N, image], [N, text] -> []."""
+        a, b = F.normalize(self.image(image), dim=-1), F.normalize(self.text(text), dim=-1)
+        logits = self.log_scale.exp() * a @ b.t()
+        target = torch.arange(len(a), device=a.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
+
+
+class MultiplicativeInteractions(nn.Module):
+    """Of two vectors (Jayakumar et al. 2020, eq. 1) concatenated with a third's: ``xᵀ W z + U z + V x + b``."""
+
+    def __init__(self, x: int = 128, z: int = 64, third: int = 300, out: int = 128, classes: int = 10) -> None:
+        """Widths as the forward has them."""
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(x, z, out) / (x * z) ** 0.5)
+        self.u, self.v = nn.Linear(z, out), nn.Linear(x, out, bias=False)
+        self.head = nn.Sequential(nn.Linear(out + third, out), nn.ReLU(), nn.Linear(out, classes))
+
+    def forward(self, x: Tensor, z: Tensor, third: Tensor) -> Tensor:
+        """[B, x], [B, z], [B, third] -> [B, classes]."""
+        both = torch.einsum("bi,ijo,bj->bo", x, self.w, z) + self.u(z) + self.v(x)
+        return self.head(torch.cat([both, third], dim=1))
+
+
+class TensorFusion(nn.Module):
+    """The outer product of three vectors with a 1 appended (Zadeh et al. 2017), by factors of low rank.
+
+    Factors as in Liu et al. 2018, eq. 8.
+    """
+
+    def __init__(self, dims: tuple[int, ...] = (300, 74, 35), out: int = 128, rank: int = 16) -> None:
+        """Widths as the forward has them."""
+        super().__init__()
+        self.factors = nn.ParameterList(torch.randn(rank, d + 1, out) / d**0.5 for d in dims)
+        self.weights, self.bias = nn.Parameter(torch.randn(1, rank)), nn.Parameter(torch.zeros(1, out))
+
+    def forward(self, *vectors: Tensor) -> Tensor:
+        """[B, d] each -> [B, out]."""
+        fused: Tensor | None = None
+        for x, factor in zip(vectors, self.factors, strict=True):
+            each = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1) @ factor  # [rank, B, out]
+            fused = each if fused is None else fused * each
+        assert fused is not None
+        return (self.weights @ fused.permute(1, 0, 2)).squeeze(1) + self.bias
+
+
+class CrossModalTransformer(nn.Module):
+    """MulT (Tsai et al. 2019), a layer deep: each modality looks at each other one; what it saw is concatenated."""
+
+    def __init__(self, dim: int = 256, heads: int = 8, modalities: int = 3, classes: int = 10) -> None:
+        """Widths as the forward has them."""
+        super().__init__()
+        self.heads = heads
+        pairs = modalities * (modalities - 1)
+        self.query, self.key_value, self.out = (
+            nn.ModuleList(nn.Linear(dim, width) for _ in range(pairs)) for width in (dim, 2 * dim, dim)
+        )
+        self.join = nn.ModuleList(nn.Linear((modalities - 1) * dim, dim) for _ in range(modalities))
+        self.head = nn.Linear(modalities * dim, classes)
+
+    def forward(self, *streams: Tensor) -> Tensor:
+        """[B, L_i, dim] each -> [B, classes]."""
+
+        def heads(t: Tensor) -> Tensor:
+            return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        pairs = iter(zip(self.query, self.key_value, self.out, strict=True))
+        seen = []
+        for i, x in enumerate(streams):
+            parts = []
+            for j, other in enumerate(streams):
+                if i != j:
+                    query, key_value, out = next(pairs)
+                    key, value = key_value(other).chunk(2, -1)
+                    attended = F.scaled_dot_product_attention(heads(query(x)), heads(key), heads(value))
+                    parts.append(x + out(attended.transpose(1, 2).flatten(2)))
+            seen.append(F.gelu(self.join[i](torch.cat(parts, dim=-1))).mean(1))
+        return self.head(torch.cat(seen, dim=-1))
+
+
 @dataclass(frozen=True)
 class Case:
     """A model and its inputs; a batch's size scales both."""
@@ -172,6 +263,14 @@ CASES = {
     ),
     "image-prompt adapter": Case(
         PromptAdapter, _inputs(_randn(2, 1024, 320), _randn(2, 77, 768), _randn(2, 4, 768))
+    ),
+    "CLIP-type pair": Case(ImageTextPair, _inputs(_randn(4096, 1024), _randn(4096, 768))),
+    "multiplicative interactions": Case(
+        MultiplicativeInteractions, _inputs(_randn(256, 128), _randn(256, 64), _randn(256, 300))
+    ),
+    "low-rank tensor fusion": Case(TensorFusion, _inputs(_randn(256, 300), _randn(256, 74), _randn(256, 35))),
+    "MulT-type": Case(
+        CrossModalTransformer, _inputs(_randn(16, 50, 256), _randn(16, 375, 256), _randn(16, 500, 256))
     ),
     "the article's model": Case(_article, _inputs(_article_batch(16))),
 }

@@ -12,11 +12,17 @@ from torch import Tensor
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.fx import Graph, GraphModule, Node
 
-from mmfast.compiler import _concat_linear, _cross_attention, _worth
+from mmfast.compiler import (
+    _concat_linear,
+    _contrastive_loss,
+    _cross_attention,
+    _multihead_attention,
+    _worth,
+)
 from mmfast.compiler._graph import Body, inner_graphs, where, write
 from mmfast.compiler._match import Left, Match
 
-PATTERNS = (_concat_linear, _cross_attention)
+PATTERNS = (_concat_linear, _contrastive_loss, _cross_attention, _multihead_attention)
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,9 @@ def mmfast(
     from torch._inductor.compile_fx import compile_fx
 
     rewrite(module)
-    patches = (list_mode_options(mode) if mode else {}) | (options or {})
+    patches = (list_mode_options(mode) if mode else {}) | {
+        key.replace("-", "_"): v for key, v in (options or {}).items()
+    }
     compiled: Any = compile_fx(module, example_inputs, config_patches=patches)
     return compiled
 
@@ -64,11 +72,12 @@ def _rewrite(graph: Graph, only_faster: bool, autocast: tuple[Any, ...]) -> list
     found: list[Match | Left] = []
     findings: list[Finding] = []
     for node in graph.nodes:
-        if node.target is tag_activation_checkpoint and not any(
-            body.edited_after(read, node, None, ()) for read in node.all_input_nodes
-        ):
-            for inner in inner_graphs(node):
-                findings += _rewrite(inner, only_faster, body.modes[node][1])
+        if node.target is tag_activation_checkpoint:
+            if any(body.edited_after(read, node, None, ()) for read in node.all_input_nodes):
+                found.append(Left("checkpoint", node, "what the region reads is edited in place afterwards"))
+            else:
+                for inner in inner_graphs(node):
+                    findings += _rewrite(inner, only_faster, body.modes[node][1])
         for pattern in PATTERNS:
             result = pattern.find(body, node, claimed)
             if isinstance(result, Match):
@@ -103,7 +112,14 @@ def _rewrite(graph: Graph, only_faster: bool, autocast: tuple[Any, ...]) -> list
 
 
 def _spare(graph: Graph, found: list[Match | Left]) -> list[Match | Left]:
-    """Leaves what would not spare the memory that it is to spare, since somebody else reads it."""
+    """Leaves what is a part of another match, and what would not spare the memory that it is to spare."""
+    inner = {node for match in found if isinstance(match, Match) for node in match.fused - {match.last}}
+    found = [
+        Left(one.op, one.node, "it is a part of what another op replaces")
+        if isinstance(one, Match) and one.last in inner
+        else one
+        for one in found
+    ]
     while True:
         matches = [match for match in found if isinstance(match, Match)]
         fused = {node for match in matches for node in match.fused}

@@ -14,6 +14,7 @@ from mmfast.compiler._graph import (
     argument,
     hint,
     name,
+    number,
     off,
     same,
     shape,
@@ -99,6 +100,7 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
             ),
             fused=frozenset((*passed, *stage.fused)),
             spared=({norm: "the norm's output"} if norm else {}) | {x: "the concatenation"},
+            dtype=stage.last.meta["example_value"].dtype,
             flops=2.0 * features * rows * hint(wide[-1]),
             saved=2.0 * features * (rows * hint(wide[-1]) - elements),
             what=_in_words(stage, len(sources), pooled, norm is not None),
@@ -117,7 +119,8 @@ def _layer(node: Node) -> tuple[Node, Any, Node | None, list[Node]] | None:
         return None
     if kind == "linear":
         x, weight, bias = (argument(node, i, key) for i, key in enumerate(("input", "weight", "bias")))
-        return (x, weight, bias, []) if isinstance(x, Node) else None
+        plain = value(x) is not None and value(weight) is not None and len(shape(weight)) == 2
+        return (x, weight, bias, []) if plain else None
     if kind == "matmul":
         x, other = argument(node, 0, "input"), argument(node, 1, "other", "mat2")
     elif kind == "addmm" and node.kwargs.get("alpha", 1) == 1 and node.kwargs.get("beta", 1) == 1:
@@ -132,7 +135,9 @@ def _layer(node: Node) -> tuple[Node, Any, Node | None, list[Node]] | None:
 
 def _norm(node: Any) -> bool:
     """Whether ``node`` is a LayerNorm over the last dimension."""
-    return name(node) == "layer_norm" and len(argument(node, 1, "normalized_shape")) == 1
+    if name(node) != "layer_norm" or len(argument(node, 1, "normalized_shape")) != 1:
+        return False
+    return isinstance(argument(node, 4, "eps", default=1e-5), int | float)
 
 
 def _peel(node: Node) -> tuple[Node, list[Node]]:
@@ -157,11 +162,6 @@ def _peel(node: Node) -> tuple[Node, list[Node]]:
         return node, []
     source, path = _peel(inner)
     return source, [node, *path]
-
-
-def number(size: Any) -> Any:
-    """A size among a call's arguments: a number, or the node of a dynamic one."""
-    return size.meta["example_value"] if isinstance(size, Node) else size
 
 
 def _cover(peeled: list[tuple[Node, list[Node]]], lead: Sequence[Any]) -> tuple[list[Node], list[Node]]:
@@ -226,18 +226,15 @@ def _other(node: Node, y: Node) -> Any:
 def _swiglu(stage: Stage, halves: Node) -> Stage | None:
     """``silu(first half) * second half`` of the features."""
     dim, features = argument(halves, 2, "dim", default=0), shape(stage.last)[-1]
-    in_two = argument(halves, 1, "chunks", "split_size_or_sections", "split_size")
-    if dim % len(shape(stage.last)) != len(shape(stage.last)) - 1:
-        return None
-    if not (in_two == 2 if name(halves) == "chunk" else same(in_two * 2, features)) or not same(
-        features % 2, 0
-    ):
-        return None
     picked = {argument(user, 1): user for user in halves.users if name(user) == "getitem"}
-    if len(halves.users) != 2 or set(picked) != {0, 1}:
+    if dim % len(shape(stage.last)) != len(shape(stage.last)) - 1 or len(halves.users) != 2:
         return None
-    (silu, *more), (product, *others) = picked[0].users, picked[1].users
-    if more or others or name(silu) != "silu" or list(silu.users) != [product] or name(product) != "mul":
+    if set(picked) != {0, 1} or not all(same(2 * shape(half)[-1], features) for half in picked.values()):
+        return None
+    if any(len(half.users) != 1 for half in picked.values()):
+        return None
+    (silu,), (product,) = picked[0].users, picked[1].users
+    if name(silu) != "silu" or list(silu.users) != [product] or name(product) != "mul":
         return None
     return stage.then(halves, *picked.values(), silu, product, activation="swiglu")
 

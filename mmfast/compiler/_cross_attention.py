@@ -14,12 +14,14 @@ from mmfast.compiler._graph import (
     argument,
     hint,
     name,
+    number,
     off,
     same,
     shape,
     sizes,
     transposed,
     value,
+    widens,
 )
 from mmfast.compiler._match import Left, Match, along, is_cat, parts, unsound
 from mmfast.ops import cross_attention
@@ -50,6 +52,10 @@ class Streams:
     cat: Node | None = None
     groups: int = 1
 
+    def in_words(self, masked: bool) -> str:
+        """As ``explain`` says it."""
+        return f"{len(self.pieces)} stream{'s' * (len(self.pieces) > 1)}" + ", key padding masks" * masked
+
 
 def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
     """The match of an attention that ends at ``node``, or why there is none; None for other nodes."""
@@ -58,7 +64,7 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
         value(t) is None or len(shape(t)) != 4 for t in (found.query, found.key, found.value)
     ):
         return None
-    key, values = _streams(found.key, 2), _streams(found.value, 2)
+    key, values = streams(found.key, 2), streams(found.value, 2)
     if key.cat is None and values.cat is None and found.mask is None:
         return None  # an ordinary attention
     why = found.why
@@ -89,9 +95,11 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
         spared={}
         if masks
         else {cat: "the concatenation" for cat in (key.cat, values.cat) if cat is not None},
+        dtype=node.meta["example_value"].dtype,
         flops=2.0 * batch * heads * queries * keys * (depth + hint(shape(found.value)[3])),
         saved=0.0,
-        what=f"{len(pairs)} stream{'s' * (len(pairs) > 1)}" + ", key padding masks" * (masks is not None),
+        what=key.in_words(masks is not None),
+        keeps_output=True,
     )
     why = unsound(body, match)
     return Left("cross_attention", node, why) if why else match
@@ -104,7 +112,7 @@ def _sdpa(node: Node) -> Attention:
     found = Attention(query, key, values, scale, mask, passed=[node])
     if isinstance(found.scale, Node):
         found.why = "its scale is not a number"
-    if argument(node, 4, "dropout_p", default=0.0) != 0.0:
+    if number(argument(node, 4, "dropout_p", default=0.0)) != 0.0:
         found.why = "there is dropout"
     if argument(node, 5, "is_causal", default=False):
         found.why = "it is causal over the concatenation"
@@ -123,7 +131,7 @@ def _written_out(node: Node) -> Attention | None:
         found.watched.append(passed)
         return after[0] if after else argument(passed, 0, "input", "self")
 
-    while off(weights) or name(weights) in ("dropout", "to"):
+    while name(weights) == "dropout" or widens(weights, values):
         if name(weights) == "dropout" and not off(weights):
             found.why = "there is dropout"
         weights = step(weights)
@@ -150,7 +158,7 @@ def _written_out(node: Node) -> Attention | None:
             if fill != -math.inf:
                 found.why = f"{fill:g} is finite: a query that sees nothing would see everything"
         elif kind == "add" and value(argument(logits, 1, "other")) is not None:
-            found.mask = argument(logits, 1, "other")  # refused, since it is not of bools
+            found.mask, found.why = argument(logits, 1, "other"), "its mask is added"
         else:
             return None
         logits = step(logits, argument(logits, 1, "input", "self") if kind == "where" else after)
@@ -162,7 +170,7 @@ def _written_out(node: Node) -> Attention | None:
     return found
 
 
-def _streams(node: Node, dim: int) -> Streams:
+def streams(node: Node, dim: int) -> Streams:
     """``node``, of which ``dim`` counts the keys, as the pieces that were put together along it."""
     inner, factor = _repeated(node) if dim == 2 else (node, 1)
     found = _pieces(inner, dim)
@@ -275,11 +283,16 @@ def _masks(found: Attention, key: Streams) -> tuple[list[Any] | None, str]:
     seen = Make(operator.getitem, (mask, (slice(None), 0, 0)))  # [B, S]
     if hidden:
         seen = Make(torch.logical_not, (seen,))
-    if len(key.pieces) == 1:
-        return [seen], ""
-    lengths = [Make(torch.Tensor.size, (piece, 2)) for piece in key.pieces]
+    return split_mask(seen, key.pieces, 2), ""
+
+
+def split_mask(seen: Make, pieces: list[Any], dim: int) -> list[Make]:
+    """A mask ``[B, S]`` as one ``[B, S_i]`` for each of ``pieces``, whose ``dim`` counts the keys."""
+    if len(pieces) == 1:
+        return [seen]
+    lengths = [Make(torch.Tensor.size, (piece, dim)) for piece in pieces]
     each = Make(torch.split, (seen, lengths, 1))
-    return [Make(operator.getitem, (each, i)) for i in range(len(lengths))], ""
+    return [Make(operator.getitem, (each, i)) for i in range(len(lengths))]
 
 
 def _lies_by_rows(node: Node) -> bool:

@@ -13,16 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_symbols, statically_known_true
 from torch.utils import _pytree as pytree
 
 # What the patterns look for, under one name each however it is written. Methods are known by their names.
 FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "add": (operator.add, torch.add),
     "addmm": (torch.addmm,),
+    "arange": (torch.arange,),
     "cat": (torch.cat, torch.concat, torch.concatenate),
     "chunk": (torch.chunk,),
     "contiguous": (),
+    "cross_entropy": (F.cross_entropy,),
     "div": (operator.truediv, torch.div, torch.divide, torch.true_divide),
     "dropout": (F.dropout, torch.dropout),
     "expand": (torch.broadcast_to,),
@@ -34,8 +36,9 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "layer_norm": (F.layer_norm, torch.layer_norm),
     "linear": (F.linear,),
     "masked_fill": (torch.masked_fill,),
-    "matmul": (operator.matmul, torch.matmul, torch.mm, torch.bmm),
+    "matmul": (operator.matmul, torch.matmul, torch.mm),
     "mul": (operator.mul, torch.mul, torch.multiply),
+    "multi_head_attention_forward": (F.multi_head_attention_forward,),
     "permute": (torch.permute,),
     "relu": (F.relu, torch.relu),
     "repeat": (),
@@ -51,15 +54,29 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "unsqueeze": (torch.unsqueeze,),
     "view": (torch.reshape,),
     "where": (torch.where,),
+    "zeros_like": (torch.zeros_like,),
 }
 NAMES = {function: name for name, functions in FUNCTIONS.items() for function in functions}
 METHODS = {name: name for name in FUNCTIONS} | {
-    "broadcast_to": "expand", "divide": "div", "logical_not": "invert", "mm": "matmul", "bmm": "matmul",
-    "multiply": "mul", "reshape": "view", "swapaxes": "transpose", "t": "transpose", "true_divide": "div",
+    "broadcast_to": "expand", "divide": "div", "float": "to", "logical_not": "invert",
+    "long": "to", "mm": "matmul", "multiply": "mul", "reshape": "view", "swapaxes": "transpose",
+    "t": "transpose", "true_divide": "div",
 }  # fmt: skip
 NAMES |= {torch.ops.aten.numpy_T: "transpose", torch.ops.aten.mT: "transpose"}
-IN_PLACE = {getattr(operator, name) for name in dir(operator) if name[0] == "i" and name[1:] in dir(operator)}
-IN_PLACE |= {operator.setitem, operator.delitem}
+IN_PLACE = (
+    "iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift",
+    "isub", "itruediv", "ixor", "setitem", "delitem",
+)  # fmt: skip
+IN_PLACE_METHODS = {f"__{name}__" for name in IN_PLACE}
+IN_PLACE_FUNCTIONS = {getattr(operator, name) for name in IN_PLACE}
+# Functions that write to what they are given without a word of it in their names: to which, and when.
+WRITES: dict[Any, tuple[tuple[tuple[int, str], ...], tuple[int, str] | None]] = {
+    F.batch_norm: (((1, "running_mean"), (2, "running_var")), None),
+    F.instance_norm: (((1, "running_mean"), (2, "running_var")), None),
+    F.embedding: (((1, "weight"),), (3, "max_norm")),
+    F.embedding_bag: (((1, "weight"),), (3, "max_norm")),
+}
+OTHERWISE = {"out", "rounding_mode"}  # with these a function is another one
 OURS = ("mmfast.",)
 FROM_TORCH = ("torch", "_operator", "math", "builtins")
 
@@ -67,6 +84,8 @@ FROM_TORCH = ("torch", "_operator", "math", "builtins")
 def name(node: Any) -> str:
     """What ``node`` calls, by its name in ``FUNCTIONS``; empty for anything else."""
     if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
+        return ""
+    if node.kwargs.keys() & OTHERWISE:
         return ""
     known: dict[Any, str] = METHODS if node.op == "call_method" else NAMES
     return known.get(node.target, "")
@@ -103,6 +122,11 @@ def same(a: Any, b: Any) -> bool:
     return bool(statically_known_true(a == b))
 
 
+def number(size: Any) -> Any:
+    """A size among a call's arguments, where a dynamic one is a node."""
+    return size.meta["example_value"] if isinstance(size, Node) else size
+
+
 def hint(size: Any) -> int:
     """A size as it is now, which decides what pays; a dynamic one may change."""
     if isinstance(size, int):
@@ -124,6 +148,14 @@ def transposed(node: Any) -> Node | None:
     if dims == [None, None]:  # .T, .mT, .t()
         return source if last == 1 or node.target == torch.ops.aten.mT else None
     return source if {d % (last + 1) for d in dims} == {last - 1, last} else None
+
+
+def widens(node: Any, like: Any) -> bool:
+    """Whether ``node`` is a cast to a floating type no narrower than that of ``like``."""
+    cast, other = value(node), value(like)
+    if name(node) != "to" or cast is None or other is None:
+        return False
+    return cast.dtype.is_floating_point and cast.dtype.itemsize >= other.dtype.itemsize
 
 
 def off(node: Any) -> bool:
@@ -165,6 +197,9 @@ class Body:
         self.modes: dict[Node, tuple[int, tuple[Any, ...]]] = {}
         self.edits = [(node, storages(edited(node))) for node in graph.nodes]
         self.edits = [(node, where) for node, where in self.edits if where]
+        # Of what is given; where a size is made of others, it is read from the data.
+        inputs = [node.meta.get("example_value") for node in graph.nodes if node.op == "placeholder"]
+        self.sizes = {size for known in inputs if known is not None for size in free_symbols(known)}
         entered = [autocast]
         mode = 0
         for node in graph.nodes:
@@ -174,7 +209,7 @@ class Body:
                 entered.pop()
             # What gives no value may change how the rest is computed: autocast, grad mode, tensor hooks.
             silent = node.op == "call_function" and "example_value" not in node.meta
-            mode += silent and node.target not in IN_PLACE
+            mode += silent and node.target not in IN_PLACE_FUNCTIONS
             self.modes[node] = mode, entered[-1]
 
     def one_mode(self, nodes: Iterable[Node]) -> bool:
@@ -191,7 +226,7 @@ class Body:
 
     def evaluate(self, tree: Any, at: Node) -> Any:
         """What the calls in ``tree`` give for the captured tensors, in the mode of ``at``."""
-        fakes = [v for node in pytree.tree_leaves(_nodes(tree)) if (v := value(node)) is not None]
+        fakes = [v for node in pytree.tree_leaves(nodes_of(tree)) if (v := value(node)) is not None]
         mode = fakes[0].fake_mode
         quiet = mode.shape_env.suppress_guards() if mode.shape_env else contextlib.nullcontext()
         args = self.modes[at][1]
@@ -204,7 +239,8 @@ class Body:
             )
 
 
-def _nodes(tree: Any) -> list[Node]:
+def nodes_of(tree: Any) -> list[Node]:
+    """The nodes among the arguments of the calls in ``tree``."""
     found: list[Node] = []
     resolve(tree, found.append, lambda call: None)
     return found
@@ -221,20 +257,26 @@ def edited(node: Node) -> list[Any]:
     every = list(node.all_input_nodes)
     if node.op == "call_method":
         method = str(node.target)
-        return every[:1] if method.endswith("_") and not method.endswith("__") else []
+        writes = method in IN_PLACE_METHODS or (method.endswith("_") and not method.endswith("__"))
+        return every[:1] if writes else []
     if node.op != "call_function":
         return []
     target: Any = node.target
-    if target in IN_PLACE:
+    if target in IN_PLACE_FUNCTIONS:
         return every[:1]
+    if target in WRITES:
+        written, when = WRITES[target]
+        return [argument(node, *one) for one in written] if when is None or argument(node, *when) else []
     if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         overloads = [target] if isinstance(target, torch._ops.OpOverload) else [
             getattr(target, overload) for overload in target.overloads()
         ]  # fmt: skip
         return every if any(overload._schema.is_mutable for overload in overloads) else []
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return every if any(map(_edits_inputs, inner_graphs(node))) else []
-    if "out" in node.kwargs or getattr(target, "__name__", "").endswith("_") or not _known(target):
+        inner = inner_graphs(node)  # none: a kernel of the user's
+        return every if not inner or any(map(_edits_inputs, inner)) else []
+    by_name = getattr(target, "__name__", "").endswith("_") and target.__module__ != "_operator"  # `and_`
+    if "out" in node.kwargs or by_name or not _known(target):
         return every
     if _inplace_flag(node):
         return every[:1]

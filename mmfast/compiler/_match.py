@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import free_symbols
 
-from mmfast.compiler._graph import Body, Make, argument, name, same, shape, value
+from mmfast.compiler._graph import Body, Make, argument, name, nodes_of, same, shape, value
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,9 +30,11 @@ class Match:
     call: Make
     fused: frozenset[Node]
     spared: dict[Node, str]  # those of them whose memory is to be spared, with their names
+    dtype: torch.dtype  # that the products are made in
     flops: float  # as it was written, a multiplication and an addition counted as two
     saved: float  # those of them that the op does not make
     what: str  # in words
+    keeps_output: bool = False  # for the backward
 
 
 def unsound(body: Body, match: Match) -> str:
@@ -39,6 +43,13 @@ def unsound(body: Body, match: Match) -> str:
     if not body.one_mode(floats):
         return "autocast or grad mode changes on the way"
     wanted = match.last.meta["example_value"]
+    given = [node for node in nodes_of(match.call) if isinstance(node.meta.get("example_value"), Tensor)]
+    if special := [node for node in given if value(node) is None]:
+        return f"{special[0]} is a {type(special[0].meta['example_value']).__name__}, not a plain tensor"
+    if unknown := [node for node in given if free_symbols(node.meta["example_value"]) - body.sizes]:
+        return f"how large {unknown[0]} is only the data tell"
+    if match.keeps_output and wanted.requires_grad and body.edited_after(match.last, match.last, None, ()):
+        return "its output, which its backward needs, is edited in place"
     # The op keeps for its backward what a concatenation had copied: then no later edit is harmless either.
     until = None if wanted.requires_grad else match.last
     for node in match.fused:
@@ -48,9 +59,11 @@ def unsound(body: Body, match: Match) -> str:
                 return f"{read} is edited in place"
     try:
         got = body.evaluate(match.call, match.last)
-    except (ValueError, TypeError) as error:  # the op's own checks
+    except Exception as error:  # the op's own checks, and whatever else it has against these tensors
         return str(error)
     assert isinstance(got, Tensor)
+    if got.device != wanted.device:
+        return f"it moves from {got.device} to {wanted.device} on the way"
     if got.dtype != wanted.dtype or not same(got.shape, wanted.shape):
         return f"it gives {wanted.dtype} {list(wanted.shape)}, the op {got.dtype} {list(got.shape)}"
     if not same(got.stride(), wanted.stride()):

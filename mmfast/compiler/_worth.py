@@ -13,11 +13,11 @@ from mmfast.ops._backend import choose, measured
 
 def slower(match: Match) -> str:
     """Why ``match`` would not be faster; empty if it would."""
-    out = match.last.meta["example_value"]
-    if choose(match.op, out.device) == "reference":
-        return f"no kernel of it is measured for {out.device.type}"
-    dtype = str(out.dtype).removeprefix("torch.")
-    least = measured(match.op, out.device).get("compiler", {}).get(dtype)
+    device = match.last.meta["example_value"].device
+    if choose(match.op, device) == "reference":
+        return f"no kernel of it is measured for {device.type}"
+    dtype = str(match.dtype).removeprefix("torch.")
+    least = measured(match.op, device).get("compiler", {}).get(dtype)
     if least is None:
         return f"it is not measured in {dtype}"
     if match.flops >= least.get("flops", math.inf) or match.saved >= least.get("saved", math.inf):

@@ -42,6 +42,8 @@ class FusionConfig(ABC):
     It may also return how much of it each modality got, [B, n], after the fused vector.
     """
 
+    dim: int
+
     @abstractmethod
     def build(self, dims: Mapping[str, int]) -> nn.Module:
         """Makes the fusion of sequences of these widths, in this order."""

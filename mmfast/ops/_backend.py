@@ -133,6 +133,8 @@ def available(op: str, device_type: str) -> dict[str, str]:
 
 def measured(op: str, device: torch.device) -> dict[str, Any]:
     """What the committed table holds for ``op`` on ``device``; empty where nobody has measured it."""
+    if device.type not in ("cpu", "cuda"):
+        return {}
     key = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
     return TABLE.get(op, {}).get(key, {})
 

@@ -26,6 +26,7 @@ from mmfast.bench import (
 )
 from mmfast.bench.measure import measure
 from mmfast.bench.report import Record
+from mmfast.compiler import rewrite
 from mmfast.train import TrainerConfig
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +62,22 @@ SMALL = {
             partial(bench_compiler.PromptAdapter, 16, 8, 2),
             ((2, 9, 16), (2, 5, 8), (2, 4, 8)),
         ),
+        ("CLIP-type pair", partial(bench_compiler.ImageTextPair, 12, 10, 8), ((5, 12), (5, 10))),
+        (
+            "multiplicative interactions",
+            partial(bench_compiler.MultiplicativeInteractions, 6, 4, 5, 8, 3),
+            ((5, 6), (5, 4), (5, 5)),
+        ),
+        (
+            "low-rank tensor fusion",
+            partial(bench_compiler.TensorFusion, (6, 5, 4), 8, 2),
+            ((5, 6), (5, 5), (5, 4)),
+        ),
+        (
+            "MulT-type",
+            partial(bench_compiler.CrossModalTransformer, 16, 2, classes=3),
+            ((2, 5, 16), (2, 7, 16), (2, 4, 16)),
+        ),
     )
 } | {
     "Flamingo-type block": bench_compiler.Case(
@@ -76,6 +93,11 @@ SMALL = {
     ),
     "the article's model": bench_compiler.CASES["the article's model"],
 }
+
+
+def _rewrite(graph, inputs):
+    rewrite(graph, only_faster=False)
+    return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
 
 @pytest.fixture
@@ -106,7 +128,12 @@ def tiny(monkeypatch):
     streams = (("image", 7, 6), ("audio", 9, 5), ("sensor", 3, 4))
     job = bench_training_step.Job(streams, batch=4, dim=32, heads=2, queries=5, layers=2, classes=3)
     monkeypatch.setattr(bench_training_step, "JOB", job)
-    monkeypatch.setattr(bench_concat_linear.torch, "compile", lambda call, **_: call)
+    really = torch.compile
+
+    def compile_(call, backend="inductor", **options):  # as it is, or rewritten and not compiled further
+        return really(call, backend=_rewrite, **options) if backend is bench_compiler.mmfast else call
+
+    monkeypatch.setattr(torch, "compile", compile_)
     yield
     if dist.is_initialized():  # by the trainer, for this process alone; other tests begin their own
         dist.destroy_process_group()
@@ -126,7 +153,7 @@ def test_every_variant_computes_what_it_is_measured_for(tiny, suite, at):
 def test_every_peer_of_cross_attention_does_some_work_and_every_promise_is_measured():
     works = bench_cross_attention.works("cpu")
     assert {peer for work in works for peer in work.variants} >= set(PEERS[bench_cross_attention])
-    assert sum(len(work.required) for work in works) == 2 * (2 * 3 + 2 * 1 + 4)
+    assert sum(len(work.required) for work in works) == 2 * (2 * 3 + 2 * 2 + 4)
 
 
 def test_the_training_steps_take_the_weights_to_the_same_place(tiny, monkeypatch):

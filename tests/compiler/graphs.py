@@ -47,6 +47,10 @@ def whole(x, pooled, side):
     return torch.cat([x, pooled[:, None].expand(-1, x.shape[1], -1), side], -1)
 
 
+def together(*tensors):
+    return torch.stack([t.sum() for t in tensors])
+
+
 # concat_linear: how a concatenation and a linear layer are written
 
 
@@ -164,6 +168,28 @@ def silu(a, b, weight, bias):
 def swiglu(a, b, weight, bias):
     gate, up = F.linear(torch.cat([a, b], -1), weight, bias).chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+@case(LATE, "concat_linear")
+def swiglu_by_sizes(a, b, weight, bias):
+    gate, up = F.linear(torch.cat([a, b], -1), weight, bias).split([6, 6], -1)
+    return F.silu(gate) * up
+
+
+@case(LATE, "concat_linear")
+def a_mean_and_a_deviation(a, b, weight, bias):
+    mean, deviation = F.linear(torch.cat([a, b], -1), weight, bias).split([4, 8], dim=-1)
+    return torch.cat([mean, deviation.exp()], -1)
+
+
+@case(LATE, "concat_linear")
+def one_half_is_enough(a, b, weight, bias):
+    return F.linear(torch.cat([a, b], -1), weight, bias).chunk(2, -1)[0].sigmoid()
+
+
+@case({"a": (8,), "b": (6,), "weight": (14,)})
+def nothing_but_vectors(a, b, weight):
+    return F.linear(torch.cat([a, b]), weight)
 
 
 @case(TWO | {"gate": (1,), "residual": (3, 5, 12)}, "concat_linear")
@@ -441,3 +467,274 @@ def softmax_over_the_queries(q, k1, v1, k2, v2):
 @case({"q": QUERY, "k": FIRST, "v": FIRST})
 def one_stream_without_a_mask(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
+
+
+@case(STREAMS | MASKS, leaves=("its mask is added",))
+def bools_that_are_added(q, k1, v1, k2, v2, m1, m2):
+    recent = torch.cat([m1, m2], 1)[:, None, None]
+    return (q @ both(k1, k2).mT + recent).softmax(-1) @ both(v1, v2)
+
+
+@case(STREAMS | MASKS, leaves=("edited in place",))
+def a_mask_narrowed_in_place(q, k1, v1, k2, v2, m1, m2):
+    seen = torch.cat([m1, m2], 1)[:, None, None].clone()
+    hidden = ~seen
+    seen &= torch.arange(seen.shape[-1]) < 4
+    return (q @ both(k1, k2).mT).masked_fill(hidden, -math.inf).softmax(-1) @ both(v1, v2)
+
+
+@case(STREAMS | MASKS, "cross_attention", "cross_attention")
+def the_second_layer_sees_less(q, k1, v1, k2, v2, m1, m2):
+    seen, keys, values = torch.cat([m1, m2], 1)[:, None, None], both(k1, k2), both(v1, v2)
+    q = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
+    less = seen & (torch.arange(seen.shape[-1]) < 4)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=less)
+
+
+@case(STREAMS, leaves=("its output, which its backward needs, is edited",))
+def an_output_that_is_added_to(q, k1, v1, k2, v2):
+    out = (q @ both(k1, k2).mT).softmax(-1) @ both(v1, v2)
+    out += 1
+    return out
+
+
+# cross_attention: nn.MultiheadAttention, which is one node
+
+WORDS = {"q": (3, 4, 8), "one": (3, 5, 8), "two": (3, 6, 8)}
+LAYER = {"in_proj_weight": (24, 8), "in_proj_bias": (24,), "out_proj.weight": (8, 8), "out_proj.bias": (8,)}
+MULTIHEAD = {name.replace(".", "_"): shape for name, shape in LAYER.items()}
+PADDING = {"p1": ("bool", 3, 5), "p2": ("bool", 3, 6)}
+
+
+MODULE = torch.nn.MultiheadAttention(8, 2, batch_first=True, device="meta")
+
+
+def multihead(q, k, v, *weights, need_weights=False, **options):
+    named = dict(zip(LAYER, weights, strict=True))
+    out = torch.func.functional_call(MODULE, named, (q, k, v), options | {"need_weights": need_weights})
+    return out if need_weights else out[0]
+
+
+def by_function(q, k, v, *weights, dropout=0.0, zero=False, **options):
+    """Sequence first, as the function takes it."""
+    packed, bias, *out = weights
+    return F.multi_head_attention_forward(
+        q, k, v, 8, 2, packed, bias, None, None, zero, dropout, *out, need_weights=False, **options
+    )[0]  # fmt: skip
+
+
+@case(WORDS | MULTIHEAD, "cross_attention")
+def a_multihead_layer(q, one, two, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias):
+    keys = torch.cat([one, two], 1)
+    return multihead(q, keys, keys, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias)
+
+
+@case(WORDS | PADDING | MULTIHEAD, "cross_attention")
+def a_padded_multihead_layer(q, one, two, p1, p2, **weights):
+    keys, padding = torch.cat([one, two], 1), torch.cat([p1, p2], 1)
+    return multihead(q, keys, keys, *weights.values(), key_padding_mask=~padding)
+
+
+@case(WORDS | PADDING | MULTIHEAD, "cross_attention")
+def a_padded_layer_over_one_stream(q, one, two, p1, p2, **weights):
+    return multihead(q, one, one, *weights.values(), key_padding_mask=~p1) + two.mean() + p2.sum()
+
+
+@case({"q": (4, 3, 8), "one": (5, 3, 8), "two": (6, 3, 8)} | PADDING | MULTIHEAD, "cross_attention")
+def a_padded_layer_by_function(q, one, two, p1, p2, **weights):
+    keys, padding = torch.cat([one, two]), torch.cat([p1, p2], 1)
+    return by_function(q, keys, torch.cat([one, two.sin()]), *weights.values(), key_padding_mask=~padding)
+
+
+@case({"q": (4, 3, 8), "one": (5, 3, 8), "two": (6, 3, 8)} | MULTIHEAD, "cross_attention")
+def a_layer_without_biases(q, one, two, **weights):
+    keys = torch.cat([one, two])
+    packed, _, out, bias = weights.values()
+    return by_function(q, keys, keys, packed, None, out, None) + bias + weights["in_proj_bias"].sum()
+
+
+@case(WORDS | MULTIHEAD, leaves=("attention weights are used",))
+def a_layer_whose_weights_are_wanted(q, one, two, **weights):
+    keys = torch.cat([one, two], 1)
+    return together(*multihead(q, keys, keys, *weights.values(), need_weights=True))
+
+
+@case(WORDS | MULTIHEAD, leaves=("differs from query to query",))
+def a_layer_with_a_mask_of_its_own(q, one, two, **weights):
+    keys = torch.cat([one, two], 1)
+    seen = torch.ones(4, 11, dtype=torch.bool).tril(7)
+    return multihead(q, keys, keys, *weights.values(), attn_mask=~seen)
+
+
+@case({"q": (4, 3, 8), "one": (5, 3, 8), "two": (6, 3, 8)} | MULTIHEAD, leaves=("keys of its own",))
+def a_layer_with_a_zero_key(q, one, two, **weights):
+    keys = torch.cat([one, two])
+    return by_function(q, keys, keys, *weights.values(), zero=True)
+
+
+@case({"q": (4, 3, 8), "one": (5, 3, 8), "two": (6, 3, 8)} | MULTIHEAD, leaves=("there is dropout",))
+def a_layer_with_dropout(q, one, two, **weights):
+    keys = torch.cat([one, two])
+    return by_function(q, keys, keys, *weights.values(), dropout=1e-30)
+
+
+@case({"q": (4, 3, 8), "one": (5, 3, 8)} | MULTIHEAD)
+def a_layer_over_one_stream(q, one, **weights):
+    return by_function(q, one, one, *weights.values())
+
+
+@case({"q": (4, 3, 8), "one": (5, 3, 8), "two": (6, 3, 8)} | PADDING | MULTIHEAD, leaves=("padding mask",))
+def a_padding_that_is_read_again(q, one, two, p1, p2, **weights):
+    keys, hidden = torch.cat([one, two]), ~torch.cat([p1, p2], 1)
+    zeros = torch.zeros_like(hidden, dtype=q.dtype)
+    padding = zeros.masked_fill_(hidden, -math.inf)
+    return by_function(q, keys, keys, *weights.values(), key_padding_mask=padding) + zeros.exp().sum()
+
+
+# contrastive_loss: the whole matrix, then cross-entropy both ways
+
+PAIRS = {"image": (6, 8), "text": (6, 8), "scale": (1,)}
+
+
+def both_ways(logits, more=None, **options):
+    target = torch.arange(logits.shape[0], device=logits.device)
+    rows = F.cross_entropy(logits, target, **options)
+    return rows + F.cross_entropy(logits.t() if more is None else more, target, **options)
+
+
+@case(PAIRS, "contrastive_loss")
+def clip(image, text, scale):
+    image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+    return both_ways(scale.exp() * image @ text.t()) / 2
+
+
+@case(PAIRS, "contrastive_loss")
+def two_matrices(image, text, scale):
+    return both_ways(scale * image @ text.T, scale * text @ image.T) / 2
+
+
+@case(PAIRS | {"bias": (1,)}, "contrastive_loss")
+def scaled_behind_with_a_bias(image, text, scale, bias):
+    logits = torch.matmul(text, image.mT) * scale.exp() + bias
+    return both_ways(logits)
+
+
+@case(PAIRS, "contrastive_loss")
+def over_a_temperature_and_weighed(image, text, scale):
+    logits = F.linear(image, text).float() / 0.07 / scale
+    target = torch.arange(0, len(logits)).long()
+    return 0.5 * F.cross_entropy(logits, target) + F.cross_entropy(logits.mT, target) / 2
+
+
+@case({"image": (6, 8), "text": (6, 8)}, "contrastive_loss")
+def without_a_scale_summed(image, text):
+    return both_ways(image @ text.T, reduction="sum")
+
+
+@case({"image": (6, 8), "scale": (1,)}, "contrastive_loss")
+def of_one_tensor_with_itself(image, scale):
+    return both_ways(scale * image @ image.T)
+
+
+@case(PAIRS, "contrastive_loss")
+def by_modules(image, text, scale):
+    loss, target = torch.nn.CrossEntropyLoss(), torch.arange(6)
+    logits = scale * (image @ text.T)
+    return (loss(logits, target) + loss(logits.T, target)).div(2)
+
+
+@case(PAIRS, leaves=("the matrix of logits is used elsewhere",))
+def the_logits_are_returned_too(image, text, scale):
+    logits = scale * image @ text.T
+    return together(both_ways(logits), logits)
+
+
+@case(PAIRS, leaves=("the matrix of logits is used elsewhere",))
+def an_accuracy_is_taken_of_it(image, text, scale):
+    logits = scale * image @ text.T
+    return together(both_ways(logits), (logits.argmax(1) == torch.arange(6)).float())
+
+
+@case(PAIRS)
+def one_way_only(image, text, scale):
+    return F.cross_entropy(scale * image @ text.T, torch.arange(6))
+
+
+@case(PAIRS, leaves=("not of the rows and of the columns",))
+def the_rows_twice(image, text, scale):
+    logits = scale * image @ text.T
+    return both_ways(logits, logits)
+
+
+@case(PAIRS | {"other": (6, 8)}, leaves=("not of the rows and of the columns",))
+def two_texts(image, text, other, scale):
+    return both_ways(scale * image @ text.T, scale * other @ image.T)
+
+
+@case(PAIRS, leaves=("not of the rows and of the columns",))
+def two_temperatures(image, text, scale):
+    return both_ways(scale * image @ text.T, 2 * scale * text @ image.T)
+
+
+@case(PAIRS, leaves=("not known to be the diagonal",))
+def other_targets(image, text, scale):
+    logits, target = scale * image @ text.T, torch.arange(6).flip(0)
+    return F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
+
+
+@case(PAIRS, leaves=("not known to be the diagonal",))
+def every_second_target(image, text, scale):
+    logits, target = scale * image @ text.T, torch.arange(0, 6, 1) // 2
+    return F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
+
+
+@case(PAIRS, leaves=("smoothed labels",))
+def smoothed(image, text, scale):
+    return both_ways(scale * image @ text.T, label_smoothing=0.1)
+
+
+@case(PAIRS | {"weight": (6,)}, leaves=("weights",))
+def weighed_classes(image, text, scale, weight):
+    return both_ways(scale * image @ text.T, weight=weight.detach().abs()) + weight.sum()
+
+
+@case(PAIRS, leaves=("not weighed alike",))
+def one_way_counts_more(image, text, scale):
+    logits, target = scale * image @ text.T, torch.arange(6)
+    return 0.7 * F.cross_entropy(logits, target) + 0.3 * F.cross_entropy(logits.T, target)
+
+
+@case(PAIRS, leaves=("edited in place",))
+def the_diagonal_is_moved_in_place(image, text, scale):
+    logits = scale * image @ text.T
+    logits.diagonal().add_(1.0)
+    return both_ways(logits)
+
+
+@case(PAIRS | {"bias": (1,)})
+def a_bias_that_counts_twice(image, text, scale, bias):
+    return both_ways(torch.add(scale * image @ text.T, bias, alpha=2))
+
+
+@case(PAIRS)
+def a_margin_on_the_diagonal(image, text, scale):
+    return both_ways(scale * image @ text.T - torch.eye(6))
+
+
+@case(PAIRS)
+def a_scale_for_each_row(image, text, scale):
+    return both_ways(scale * image.sum(1, keepdim=True) * (image @ text.T))
+
+
+@case(PAIRS, leaves=("not weighed alike",))
+def not_reduced(image, text, scale):
+    return both_ways(scale * image @ text.T, reduction="none")
+
+
+@case(
+    {"a": (6, 3), "b": (6, 5), "text": (6, 8)},
+    "contrastive_loss",
+    leaves=("a part of what another op replaces",),
+)
+def one_side_is_a_concatenation(a, b, text):
+    return both_ways(torch.cat([a, b], -1) @ text.T)

@@ -16,12 +16,15 @@ __all__ = ["assert_promised", "check", "counted", "rewritten"]
 
 
 def rewritten(function, *, only_faster=False, **options):
-    """``function`` as one rewritten graph that AOTAutograd runs, what was found in it, and the graphs."""
+    """``function`` as one rewritten graph that AOTAutograd runs, what was found in it, and the graphs.
+
+    Dynamo may trace again after the backend was called: the last time counts.
+    """
     found, graphs = [], []
 
     def keep(module, inputs):
-        found.extend(rewrite(module, only_faster=only_faster))
-        graphs.append(module)
+        found[:] = rewrite(module, only_faster=only_faster)
+        graphs[:] = [module]
         return lookup_backend("aot_eager")(module, inputs)
 
     torch._dynamo.reset()

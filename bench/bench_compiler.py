@@ -123,7 +123,8 @@ class ImageTextPair(nn.Module):
         """Widths as the forward has them, and that of the common space."""
         super().__init__()
         self.image, self.text = (
-            nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, dim)) for width in (image, text)
+            nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, dim))
+            for width in (image, text)
         )
         self.log_scale = nn.Parameter(torch.tensor(2.66))
 
@@ -138,7 +139,9 @@ class ImageTextPair(nn.Module):
 class MultiplicativeInteractions(nn.Module):
     """Of two vectors (Jayakumar et al. 2020, eq. 1) concatenated with a third's: ``xᵀ W z + U z + V x + b``."""
 
-    def __init__(self, x: int = 128, z: int = 64, third: int = 300, out: int = 128, classes: int = 10) -> None:
+    def __init__(
+        self, x: int = 128, z: int = 64, third: int = 300, out: int = 128, classes: int = 10
+    ) -> None:
         """Widths as the forward has them."""
         super().__init__()
         self.w = nn.Parameter(torch.randn(x, z, out) / (x * z) ** 0.5)

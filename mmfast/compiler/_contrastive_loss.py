@@ -172,7 +172,7 @@ def _scales(node: Any, by: Any) -> bool:
 
 
 def _is_bias(node: Node, by: Any) -> bool:
-    return isinstance(by, Node) and _is_one_number(by) and node.kwargs.get("alpha", 1) == 1
+    return isinstance(by, Node) and _is_one_number(by) and bool(node.kwargs.get("alpha", 1) == 1)
 
 
 def _is_one_number(x: Any) -> bool:

@@ -24,7 +24,6 @@ from mmfast.errors import UserError
 from mmfast.models import ArticleConfig, FusionConfig, ModelConfig
 from mmfast.train import Config, Trainer, build, load_config
 
-
 MISSING = 0.3  # of the modalities at test time, in the table of fusions
 
 
@@ -145,7 +144,7 @@ def table(scores: dict[str, list[float]], chance: float) -> str:
 
 
 def fusion_table(outcomes: dict[str, list[Outcome]]) -> str:
-    """A Markdown table: a row for each fusion. A step's time is that of the first fusion's, of the same seed."""
+    """A Markdown table: a row for each fusion; a step's time is in those of the first one, seed by seed."""
     lines = [
         f"| fusion | test accuracy | {MISSING:.0%} of modalities missing | time of a training step |",
         "|---|---|---|---|",

@@ -137,7 +137,7 @@ class ImageTextPair(nn.Module):
 
 
 class MultiplicativeInteractions(nn.Module):
-    """Of two vectors (Jayakumar et al. 2020, eq. 1) concatenated with a third's: ``xᵀ W z + U z + V x + b``."""
+    """``xᵀ W z + U z + V x + b`` (Jayakumar et al. 2020, eq. 1), concatenated with a third vector."""
 
     def __init__(
         self, x: int = 128, z: int = 64, third: int = 300, out: int = 128, classes: int = 10
@@ -177,7 +177,7 @@ class TensorFusion(nn.Module):
 
 
 class CrossModalTransformer(nn.Module):
-    """MulT (Tsai et al. 2019), a layer deep: each modality looks at each other one; what it saw is concatenated."""
+    """MulT (Tsai et al. 2019), a layer deep: what each modality sees of each other one is concatenated."""
 
     def __init__(self, dim: int = 256, heads: int = 8, modalities: int = 3, classes: int = 10) -> None:
         """Widths as the forward has them."""

@@ -1,11 +1,12 @@
 """Attention of one stream over several others, as layers on ``mmfast.ops.cross_attention``."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from mmfast.nn._checks import described, require, require_flags, require_names, require_streams
 from mmfast.nn.concat_linear import ConcatLinear
 from mmfast.nn.masking import valid
 from mmfast.ops import cross_attention
@@ -73,7 +74,7 @@ class CrossModalAttention(nn.Module):
             raise ValueError(
                 f"CrossModalAttention: num_kv_heads is {kv_heads}, wanted a divisor of {num_heads}"
             )
-        _require_names("causal", causal, source_dims)
+        require_names(self, "causal", causal, source_dims)
         self.heads, self.kv_heads, self.head_dim = num_heads, kv_heads, embed_dim // num_heads
         self.causal = [name in causal for name in source_dims]
         self.widths = tuple(source_dims.values())
@@ -178,23 +179,19 @@ class CrossModalAttention(nn.Module):
                 ``mmfast.ops.cross_attention``.
         """
         lengths, masks = {} if lengths is None else lengths, {} if masks is None else masks
-        _require_streams(sources, self.sources)
-        for argument, given in (("lengths", lengths), ("masks", masks)):
-            _require_mapping(argument, given)
-            _require_names(argument, given, self.sources)
-        if x.dim() != 3:
-            raise _wrong("x", list(x.shape), f"[B, L, {self.heads * self.head_dim}]")
+        require_streams(self, sources, self.sources, lengths=lengths, masks=masks)
+        require(self, x.dim() == 3, "x", x.shape, f"[B, L, {self.heads * self.head_dim}]")
         batch, n = len(x), len(self.sources)
-        _require_flags("present", present, (batch, n), (batch, x.shape[1], n))
+        require_flags(self, "present", present, (batch, n), (batch, x.shape[1], n))
         query = self.query_norm(self.query([x]).unflatten(-1, (self.heads, self.head_dim)))  # [B, L, H, D]
         pairs = []
         for i, (name, project) in enumerate(self.sources.items()):
             source, length, mask = sources[name], lengths.get(name), masks.get(name)
-            if source.dim() != 3 or source.shape[0] != batch or source.shape[2] != self.widths[i]:
-                raise _wrong(f"{name} in sources", list(source.shape), f"[{batch}, S, {self.widths[i]}]")
-            if length is not None and (not isinstance(length, Tensor) or length.shape != (batch,)):
-                raise _wrong(f"{name} in lengths", _got(length), f"integers [{batch}]")
-            _require_flags(f"{name} in masks", mask, (batch, source.shape[1]))
+            fits = source.dim() == 3 and source.shape[0] == batch and source.shape[2] == self.widths[i]
+            require(self, fits, f"{name} in sources", source.shape, f"[{batch}, S, {self.widths[i]}]")
+            fits = length is None or (isinstance(length, Tensor) and length.shape == (batch,))
+            require(self, fits, f"{name} in lengths", described(length), f"integers [{batch}]")
+            require_flags(self, f"{name} in masks", mask, (batch, source.shape[1]))
             there = _there(source, length, mask, None if present is None else present[..., i])
             if there is None:
                 projected = project([source])
@@ -347,9 +344,9 @@ class PerceiverResampler(nn.Module):
 
         The other arguments are those of ``CrossModalAttention``.
         """
-        _require_streams(sources, self.streams)
+        require_streams(self, sources, self.streams)
         first = next(iter(sources.values()))
-        _require_flags("present", present, (len(first), len(self.streams)))
+        require_flags(self, "present", present, (len(first), len(self.streams)))
         if present is not None:
             present = torch.cat([present, present.new_ones(len(present), 1)], 1)
         latents = self.latents.expand(len(first), -1, -1)
@@ -359,46 +356,6 @@ class PerceiverResampler(nn.Module):
             )
         out: Tensor = self.norm(latents)
         return out
-
-
-def _require_names(argument: str, names: Iterable[str], known: Iterable[str]) -> None:
-    for name in names:
-        if name not in known:
-            raise ValueError(
-                f"CrossModalAttention: {argument} has {name!r}, wanted one of {', '.join(known)}"
-            )
-
-
-def _require_mapping(argument: str, given: Any) -> None:
-    if not isinstance(given, Mapping):
-        got = type(given).__name__
-        raise TypeError(f"CrossModalAttention: {argument} is a {got}, wanted a tensor for each name")
-
-
-def _require_streams(sources: Any, known: Iterable[str]) -> None:
-    _require_mapping("sources", sources)
-    _require_names("sources", sources, known)
-    absent = [name for name in known if name not in sources]
-    if absent:
-        raise ValueError(f"CrossModalAttention: sources has no {', '.join(absent)}")
-
-
-def _require_flags(argument: str, given: Any, *shapes: tuple[int, ...]) -> None:
-    if given is None:
-        return
-    if not isinstance(given, Tensor) or given.dtype != torch.bool or given.shape not in shapes:
-        wanted = " or ".join(str(list(shape)) for shape in shapes)
-        raise _wrong(argument, _got(given), f"bool {wanted}")
-
-
-def _got(given: Any) -> str:
-    if not isinstance(given, Tensor):
-        return f"a {type(given).__name__}"
-    return f"{given.dtype} {list(given.shape)}"
-
-
-def _wrong(argument: str, got: object, wanted: str) -> ValueError:
-    return ValueError(f"CrossModalAttention: {argument} is {got}, wanted {wanted}")
 
 
 def _there(

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mmfast.nn._checks import require_flags, require_streams
 from mmfast.nn.concat_linear import ConcatLinear
 from mmfast.nn.cross_attention import CrossModalAttention, CrossModalBlock, Streams
 from mmfast.nn.masking import masked_mean, valid
@@ -76,7 +77,7 @@ class BottleneckFusion(nn.Module):
         ``lengths``: name -> integers ``[B]``, how many of its first steps there are, all of them without an
         entry; ``present``: bool ``[B, n]``, columns in the order of ``source_dims``.
         """
-        tokens, steps = _tokens(self.project, sources, lengths, present)
+        tokens, steps = _tokens(self, self.project, sources, lengths, present)
         shared = self.bottlenecks.expand(len(next(iter(tokens.values()))), -1, -1)  # [B, N, E]
         count = shared.shape[1]
         for layer in self.layers:
@@ -142,7 +143,7 @@ class PairwiseFusion(nn.Module):
 
         ``lengths`` and ``present`` are those of ``BottleneckFusion``.
         """
-        tokens, steps = _tokens(self.project, sources, lengths, present)
+        tokens, steps = _tokens(self, self.project, sources, lengths, present)
         h, there = list(tokens.values()), list(steps.values())
         pooled = []
         for (i, j), interact in zip(self.pairs, self.interact, strict=True):
@@ -162,25 +163,30 @@ def _projections(
 
 
 def _tokens(
-    project: nn.ModuleDict, sources: Streams, lengths: Streams | None, present: Tensor | None
+    layer: nn.Module,
+    project: nn.ModuleDict,
+    sources: Streams,
+    lengths: Streams | None,
+    present: Tensor | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Every sequence at one width [B, S_i, E], and how many of its steps are there [B]: 0 where it is absent.
 
     What is not there is neither multiplied nor read: its tokens are the projection's bias.
     """
-    unknown = [name for name in project if name not in sources]
-    if unknown:
-        raise ValueError(f"sources has no {', '.join(unknown)}, wanted {', '.join(project)}")
+    lengths = {} if lengths is None else lengths
+    require_streams(layer, sources, project, lengths=lengths)
+    first = next(iter(sources.values()))
+    require_flags(layer, "present", present, (len(first), len(project)))
     tokens, steps = {}, {}
-    for i, (name, layer) in enumerate(project.items()):
+    for i, (name, projection) in enumerate(project.items()):
         x = sources[name]
-        length = (lengths or {}).get(name)
+        length = lengths.get(name)
         if length is None:
             length = torch.full((len(x),), x.shape[1], dtype=torch.int64, device=x.device)
         length = length.clamp(0, x.shape[1])
         steps[name] = length if present is None else torch.where(present[:, i], length, 0)
         there = valid(steps[name], x.shape[1])  # [B, S_i]
-        tokens[name] = layer([x.flatten(0, 1)], present=there.reshape(-1, 1)).unflatten(0, x.shape[:2])
+        tokens[name] = projection([x.flatten(0, 1)], present=there.reshape(-1, 1)).unflatten(0, x.shape[:2])
     return tokens, steps
 
 

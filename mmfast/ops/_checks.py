@@ -33,9 +33,11 @@ def require_tensors(op: str, name: str, given: Any) -> None:
 
 
 def require_flags(
-    op: str, name: str, given: Tensor, device: torch.device, shape: tuple[int, ...], meaning: str
+    op: str, name: str, given: Any, device: torch.device, shape: tuple[int, ...], meaning: str
 ) -> None:
     """Booleans of one shape."""
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(given).__name__}, wanted a tensor")
     if given.dtype != torch.bool or given.device != device:
         raise wrong(op, name, f"{given.dtype} on {given.device}", f"torch.bool on {device}")
     if given.shape != shape:

@@ -219,7 +219,7 @@ def _forward_fake(
     if save:
         made.append(weight.new_empty(*lead, width))
     if norm_eps is not None:
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(weight.dtype, torch.float32)
         made += [weight.new_empty(lead, dtype=wide) for _ in range(2)]
     return made
 

@@ -75,7 +75,7 @@ def contrastive_loss(
         count = torch.full((), a.shape[0], dtype=torch.int64, device=a.device)
     else:
         count = present.sum()
-    wide = _wide(a)
+    wide = torch.promote_types(a.dtype, torch.float32)
     scale = logit_scale.to(wide).reshape(())
     bias = None if logit_bias is None else logit_bias.to(wide).reshape(())
     tensors = (a, b, scale, bias)
@@ -106,10 +106,6 @@ class _ContrastiveLoss(torch.autograd.Function):
         return (None, None, None, *[next(grads) if needed else None for needed in needs])
 
 
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
-
-
 def _check(
     a: Tensor,
     b: Tensor,
@@ -132,7 +128,8 @@ def _check(
         if t is None and name == "logit_bias":
             continue
         if not isinstance(t, Tensor):
-            raise _wrong(name, f"a {type(t).__name__}", "a tensor of one element")
+            got = type(t).__name__
+            raise TypeError(f"contrastive_loss: {name} is a {got}, wanted a tensor of one element")
         if t.dtype not in (dtype, torch.float32) or t.device != device:
             raise _wrong(name, f"{t.dtype} on {t.device}", f"a's {dtype} or torch.float32 on {device}")
         if t.dim() > 1 or t.numel() != 1:

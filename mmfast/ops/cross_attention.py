@@ -119,7 +119,8 @@ def cross_attention(
             return_stats=return_stats,
         )
     if source_bias is not None:
-        source_bias = source_bias.to(_wide(query)).expand(*query.shape[:2], n)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        source_bias = source_bias.to(wide).expand(*query.shape[:2], n)
     tensors = (query, *keys, *values, source_bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         out, lse, *mass = _CrossAttention.apply(
@@ -174,10 +175,6 @@ class _CrossAttention(torch.autograd.Function):
             out, lse, needs,
         ))  # fmt: skip
         return (*[None] * (5 + 2 * n), *[next(grads) if needed else None for needed in needs])
-
-
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 def _require(name: str, given: Any, kind: Any, wanted: str) -> None:
@@ -301,9 +298,10 @@ def _forward_fake(
     mass: bool,
 ) -> list[Tensor]:
     rows = query.shape[:3]
-    made = [query.new_empty(*rows, values[0].shape[3]), query.new_empty(rows, dtype=_wide(query))]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    made = [query.new_empty(*rows, values[0].shape[3]), query.new_empty(rows, dtype=wide)]
     if mass:
-        made.append(query.new_empty(*rows, len(keys), dtype=_wide(query)))
+        made.append(query.new_empty(*rows, len(keys), dtype=wide))
     return made
 
 

@@ -133,7 +133,7 @@ def _forward_fake(
     activation: str,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(input.dtype, torch.float32)
     return (
         input.new_empty_strided(input.shape, input.stride()),
         input.new_empty(input.shape[0], num_groups, dtype=wide),

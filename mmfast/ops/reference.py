@@ -65,7 +65,7 @@ def cross_attention(
 ) -> Tensor | tuple[Tensor, AttentionStats]:
     """One softmax over the keys of all sources; see ``mmfast.ops``."""
     n, heads = len(sources), query.shape[1]
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(query.dtype, torch.float32)
     sizes = [key.shape[2] for key, _ in sources]
     key = torch.cat([key.repeat_interleave(heads // key.shape[1], 1) for key, _ in sources], 2)
     value = torch.cat([value.repeat_interleave(heads // value.shape[1], 1) for _, value in sources], 2)
@@ -167,7 +167,7 @@ def contrastive_loss(
     present: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What tells pairs ``a[i], b[i]`` from all others, and how many there are; see ``mmfast.ops``."""
-    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(a.dtype, torch.float32)
     n = a.shape[0]
     if present is None:
         present = torch.ones(n, dtype=torch.bool, device=a.device)

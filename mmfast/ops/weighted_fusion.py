@@ -119,7 +119,7 @@ def _backward_fake(
     lead, width = _lead(inputs, logits), inputs[0].shape[-1]
     made = [logits.new_empty(*lead, width) for needed in needs[:-1] if needed]
     if needs[-1]:
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(logits.dtype, torch.float32)
         made.append(logits.new_empty(*lead, len(inputs), dtype=wide))
     return made
 

@@ -355,6 +355,7 @@ ERRORS = {
     },
     "logit_scale is [2], wanted [] or [1]": {"logit_scale": torch.ones(2)},
     "logit_bias is [1, 1], wanted [] or [1]": {"logit_bias": torch.ones(1, 1)},
+    "present is a list, wanted a tensor": {"present": [True, True, False]},
     "present is torch.float32 on cpu, wanted torch.bool on cpu": {"present": torch.ones(3)},
     "present is [4], wanted [3], one for each pair": {"present": torch.ones(4).bool()},
 }
@@ -363,6 +364,6 @@ ERRORS = {
 @pytest.mark.parametrize("message", ERRORS)
 def test_errors_name_the_argument_what_was_got_and_what_was_wanted(message):
     arguments = {"a": torch.zeros(3, 4), "b": torch.zeros(3, 4), "logit_scale": torch.ones(())}
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(TypeError if "wanted a tensor" in message else ValueError) as error:
         contrastive_loss(**(arguments | ERRORS[message]))
     assert str(error.value) == f"contrastive_loss: {message}"

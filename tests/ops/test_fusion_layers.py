@@ -197,6 +197,18 @@ def test_sequences_gradients_are_slopes(make):
         (lambda: BottleneckFusion(8, 2, {}), "BottleneckFusion: source_dims is empty"),
         (lambda: PairwiseFusion(8, 3, DIMS), "num_heads is 3, wanted a divisor of 8"),
         (lambda: PairwiseFusion(8, 2, DIMS)({"image": torch.zeros(1, 1, 5)}), "sources has no text, audio"),
+        (
+            lambda: PairwiseFusion(8, 2, DIMS)({**sequences(), "face": torch.zeros(1, 1, 5)}),
+            "sources has 'face'",
+        ),
+        (
+            lambda: BottleneckFusion(8, 2, DIMS)(sequences(), lengths={"imgae": torch.ones(3)}),
+            "BottleneckFusion: lengths has 'imgae', wanted one of image, text, audio",
+        ),
+        (
+            lambda: BottleneckFusion(8, 2, DIMS)(sequences(), present=torch.ones(2, 3)),
+            r"BottleneckFusion: present is torch.float32 \[2, 3\], wanted bool",
+        ),
     ],
 )
 def test_a_wrong_description_is_refused(make, message):

@@ -1,0 +1,54 @@
+"""What the layers of named streams say of arguments that do not fit."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmfast.ops._checks import wrong
+
+
+def require_streams(layer: nn.Module, sources: Any, known: Iterable[str], **named: Any) -> None:
+    """A tensor for each name that is known, and for no other; ``named``: more that some of them may have."""
+    for argument, given in ({"sources": sources} | named).items():
+        if not isinstance(given, Mapping):
+            got = type(given).__name__
+            raise TypeError(f"{_name(layer)}: {argument} is a {got}, wanted a tensor for each name")
+        require_names(layer, argument, given, known)
+    absent = [name for name in known if name not in sources]
+    if absent:
+        raise ValueError(f"{_name(layer)}: sources has no {', '.join(absent)}, wanted {', '.join(known)}")
+
+
+def require_names(layer: nn.Module, argument: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Names of sources."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{_name(layer)}: {argument} has {name!r}, wanted one of {', '.join(known)}")
+
+
+def require_flags(layer: nn.Module, argument: str, given: Any, *shapes: tuple[int, ...]) -> None:
+    """None, or booleans of one of the shapes."""
+    if given is None:
+        return
+    if not isinstance(given, Tensor) or given.dtype != torch.bool or given.shape not in shapes:
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        raise wrong(_name(layer), argument, described(given), f"bool {wanted}")
+
+
+def require(layer: nn.Module, fits: bool, argument: str, got: object, wanted: str) -> None:
+    """What ``wanted`` says."""
+    if not fits:
+        raise wrong(_name(layer), argument, got, wanted)
+
+
+def described(given: Any) -> str:
+    """A tensor by its dtype and shape, anything else by its type."""
+    if not isinstance(given, Tensor):
+        return f"a {type(given).__name__}"
+    return f"{given.dtype} {list(given.shape)}"
+
+
+def _name(layer: nn.Module) -> str:
+    return type(layer).__name__

@@ -137,8 +137,8 @@ Tensors softmax_loss(const Pairs<T>& pairs, A scale) {
       std::fill_n(column_sum + columns.first, pairs.side, A(0));
       std::fill_n(row_sum.data(), rows.count() * kernels.lanes, A(0));
       const auto tile = [&](const A* s, int64_t r, int64_t height, int64_t c, int64_t width) {
-        kernels.softmax(s, height, width, scale2, row_max + r, row_sum.row(r - rows.first), column_max + c,
-                        column_sum + c);
+        kernels.softmax(s, height, width, scale2, r - c, row_max + r, row_sum.row(r - rows.first),
+                        column_max + c, column_sum + c);
         for (int64_t i = std::max(r, c); i < std::min(r + height, c + width); ++i)
           own.data()[i] = s[(i - r) * products.k.columns + i - c] * scale2;
       };
@@ -316,14 +316,14 @@ class Worker {
   Buffer<char> a_, b_;
 };
 
-// lse is null for the sigmoid.
+// lse is the softmax's alone.
 template <class T, class A = typename wide<T>::type>
-Tensors backward(const Pairs<T>& pairs, A grad, A scale, A bias, const A* lse,
+Tensors backward(const Pairs<T>& pairs, bool softmax, A grad, A scale, A bias, const A* lse,
                  const std::vector<bool>& needs) {
   const auto& kernels = contrastive_kernels<T>();
   const Gradient<T> d_a(pairs, needs[0]), d_b(pairs, needs[1]);
-  const Buffer<A> present_lse(4, lse ? pairs.blocks * pairs.side : 0);  // the last panel may be filled up
-  for (int64_t k = 0; lse && k < 4; ++k)
+  const Buffer<A> present_lse(4, softmax ? pairs.blocks * pairs.side : 0);  // the last panel may be filled up
+  for (int64_t k = 0; softmax && k < 4; ++k)
     for (int64_t i = 0; i < pairs.count; ++i)
       present_lse.row(k)[i] = lse[k * pairs.samples + pairs.sample[i]];
   struct SumsOfSlopes {
@@ -332,7 +332,7 @@ Tensors backward(const Pairs<T>& pairs, A grad, A scale, A bias, const A* lse,
   std::vector<SumsOfSlopes> sums(pairs.blocks * pairs.blocks);
   // The blocks of one step share no rows and no columns, so nobody else writes to their gradients, and each
   // row of a gradient adds up in the same order always.
-  const bool anything = needs[0] || needs[1] || needs[2] || (needs[3] && !lse);
+  const bool anything = needs[0] || needs[1] || needs[2] || (needs[3] && !softmax);
   for (int64_t step = 0; anything && step < pairs.blocks; ++step)
     take_turns(pairs.blocks, 1, 3 * pairs.cost(), [&](auto take) {
       Worker<T> worker(pairs, d_a, d_b);
@@ -342,14 +342,13 @@ Tensors backward(const Pairs<T>& pairs, A grad, A scale, A bias, const A* lse,
         worker.block(pairs.block(y), pairs.block(x),
                      [&](T* g, const A* s, int64_t r, int64_t rows, int64_t c, int64_t columns) {
                        constexpr int64_t STRIDE = Worker<T>::COLUMNS;
+                       if (!softmax)
+                         return kernels.sigmoid_backward(g, STRIDE, s, rows, columns, scale, bias, r - c,
+                                                         grad * scale, to);
                        const A* const row_lse[] = {present_lse.row(0) + r, present_lse.row(1) + r};
                        const A* const column_lse[] = {present_lse.row(2) + c, present_lse.row(3) + c};
-                       if (lse)
-                         kernels.softmax_backward(g, STRIDE, s, rows, columns, scale * A(LOG2_E), row_lse,
-                                                  column_lse, r - c, grad * scale, to);
-                       else
-                         kernels.sigmoid_backward(g, STRIDE, s, rows, columns, scale, bias, r - c,
-                                                  grad * scale, to);
+                       kernels.softmax_backward(g, STRIDE, s, rows, columns, scale * A(LOG2_E), row_lse,
+                                                column_lse, r - c, grad * scale, to);
                      });
       }
     });
@@ -359,8 +358,10 @@ Tensors backward(const Pairs<T>& pairs, A grad, A scale, A bias, const A* lse,
   if (needs[1]) made.push_back(d_b.finish(pairs));
   double weighted = 0, all = 0;
   for (const auto& [s] : sums) weighted += s[0], all += s[1];
-  if (needs[2]) *data<A>(made.emplace_back(empty({}, scalar_type<A>))) = grad * weighted;
-  if (needs[3]) *data<A>(made.emplace_back(empty({}, scalar_type<A>))) = lse ? 0 : grad * all;
+  const auto put = [&](double x) { *data<A>(made.emplace_back(empty({}, scalar_type<A>))) = x; };
+  // Without pairs both are 0 whatever grad is: that of loss / count is infinite then.
+  if (needs[2]) put(pairs.count ? grad * weighted : 0);
+  if (needs[3]) put(pairs.count && !softmax ? grad * all : 0);
   return made;
 }
 
@@ -382,7 +383,7 @@ Tensors contrastive_loss_backward(Tensor grad, Tensor a, Tensor b, Tensor logit_
     using T = decltype(zero);
     using A = typename wide<T>::type;
     const Maybe whole = lse ? Maybe(torch::stable::contiguous(*lse)) : lse;
-    return backward(Pairs<T>(to(a), to(b), present), *data<A>(grad), *data<A>(logit_scale),
+    return backward(Pairs<T>(to(a), to(b), present), kind == "softmax", *data<A>(grad), *data<A>(logit_scale),
                     logit_bias ? *data<A>(logit_bias) : A(0), data<A>(whole), needs);
   });
   if (a.scalar_type() == ScalarType::Half)  // all but the scalars, which are as wide as the sums

@@ -227,18 +227,18 @@ class BlockWalk {
 
   // Goes to block n; the work on it has so many steps.
   const Block<T>& go_to(int64_t n, int64_t steps) {
-    std::swap(now_, next_);
-    if (next_at_ != n) make(*now_, n);
+    auto &next = two_[now_], &now = two_[now_ ^= 1];
+    if (next_at_ != n) make(now, n);
     row_ = of_step_ = 0;
     if (n + 1 < end_ && steps) {
-      make(*next_, next_at_ = n + 1);
-      of_step_ = parts((*next_)->count, steps);
+      make(next, next_at_ = n + 1);
+      of_step_ = parts(next->count, steps);
     }
-    return **now_;
+    return *now;
   }
   void step() {
     if (of_step_ == 0) return;
-    const Block<T>& next = **next_;
+    const Block<T>& next = *two_[now_ ^ 1];
     for (const int64_t until = std::min(row_ + of_step_, next.count); row_ < until; ++row_) {
       ask(next.key[row_], a_.depth);
       ask(next.value[row_], a_.value_depth);
@@ -253,7 +253,8 @@ class BlockWalk {
 
   const Attention<T>& a_;
   int64_t b_, kv_head_, end_, next_at_ = -1, of_step_ = 0, row_ = 0;
-  std::optional<Block<T>> two_[2], *now_ = two_, *next_ = two_ + 1;
+  std::optional<Block<T>> two_[2];
+  int now_ = 0;
 };
 
 // The rows of a tile that see anything of a block, and how many of its keys.

@@ -194,10 +194,22 @@ def test_no_pairs_and_none_present_lose_nothing(name, kind):
         arguments["present"] = torch.zeros(1, pairs, dtype=torch.bool)
         results = run(ours(name), arguments)
         assert all((value == 0).all() for value in results.values())
-        _, count = on(name)(
-            arguments["a"][0], arguments["b"][0], torch.ones(()), present=arguments["present"][0]
-        )
+        leaves = [arguments[key].requires_grad_() for key in ("a", "b", *SCALARS)]
+        loss, count = on(name)(*(t[0] for t in leaves), kind=kind, present=arguments["present"][0])
         assert count == 0
+        for gradient in torch.autograd.grad(loss / count, leaves):  # the loss is handed 1 / 0
+            assert gradient.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_infinite_gradient_reaches_no_absent_pair(name, kind):
+    arguments = cast(example(20, kind=kind, problems=1, present=True), torch.float32)
+    leaves = [arguments[key] for key in ("a", "b")]
+    out = ours(name)(**arguments)
+    for gradient in torch.autograd.grad(out, leaves, torch.full_like(out, torch.inf)):
+        absent = ~arguments["present"]
+        assert gradient[absent].count_nonzero() == 0 and not gradient[~absent].isfinite().any()
 
 
 @pytest.mark.parametrize("name", [name for name in KERNELS if torch.float64 in dtypes(name)])

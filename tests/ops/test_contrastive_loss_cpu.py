@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from check import cast, check, isas, python
 from test_contrastive_loss import KINDS, MEANT, example, on, ours
 
@@ -61,6 +62,29 @@ def test_logits_may_be_of_any_size(isa, kind, scale):
         arguments["logit_scale"].fill_(scale)
         arguments["a"] += arguments["b"]
     check(ours("cpu"), MEANT, arguments, torch.float32)
+
+
+def both_sides_alike():
+    x = F.normalize(torch.randn(64, 512, generator=torch.Generator().manual_seed(0)), dim=-1)
+    return {"a": x, "b": x, "logit_scale": torch.tensor(20.0)}
+
+
+def one_other_is_near():
+    """The largest logit but the own one is so far below it that a maximum may just lag: in half of the rows and
+    columns it comes first.
+    """
+    one = torch.eye(128)
+    return {"a": one, "b": one + one.roll(64, 0) / 2, "logit_scale": torch.tensor(16.5)}
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("problem", [both_sides_alike, one_other_is_near])
+def test_pairs_told_from_all_others_keep_their_small_slopes(isa, kind, problem):
+    """An own pair's slope is its weight less 1: of a weight near 1 all digits count, in bfloat16 too."""
+    arguments = {name: t[None].double().requires_grad_() for name, t in problem().items()}
+    for dtype in (torch.bfloat16, torch.float32):
+        check(ours("cpu"), MEANT, arguments | {"kind": kind}, dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -43,7 +43,17 @@ bool holds_own(int64_t own, int64_t rows) {
   return own > -rows && own < COLUMNS<T>;
 }
 
-template <class T, bool WHOLE>
+// 2^x for a tile's weights. An own pair's slope is its weight less 1, and may be smaller than what bfloat16's
+// polynomial is off by: where there are own pairs it is float32's.
+template <class T, bool OWN>
+Vec<T> power(Vec<T> x) {
+  if constexpr (OWN)
+    return exp2<Acc<T>>(x);
+  else
+    return exp2<T>(x);
+}
+
+template <class T, bool WHOLE, bool OWN>
 void softmax_of(const Acc<T>* s, int64_t some_rows, int64_t columns, Acc<T> scale, Acc<T>* row_max,
                 Acc<T>* row_sum, Acc<T>* column_max, Acc<T>* column_sum) {
   using V = Vec<T>;
@@ -64,7 +74,7 @@ void softmax_of(const Acc<T>* s, int64_t some_rows, int64_t columns, Acc<T> scal
     }
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) {
-      sum += counted<T, WHOLE>(exp2<T>(x[v] - row_max[i]), v, columns);
+      sum += counted<T, WHOLE>(power<T, OWN>(x[v] - row_max[i]), v, columns);
     }
     __builtin_memcpy(row_sum + i * lanes<T>, &sum, BYTES);
   }
@@ -83,15 +93,17 @@ void softmax_of(const Acc<T>* s, int64_t some_rows, int64_t columns, Acc<T> scal
       __builtin_memcpy(column_max + v * lanes<T>, &max, BYTES);
     }
 #pragma GCC unroll 6
-    for (int64_t i = 0; i < rows; ++i) sum += exp2<T>(x[i] - max);
+    for (int64_t i = 0; i < rows; ++i) sum += power<T, OWN>(x[i] - max);
     __builtin_memcpy(column_sum + v * lanes<T>, &sum, BYTES);
   }
 }
 
 template <class T>
-void softmax(const Acc<T>* s, int64_t rows, int64_t columns, Acc<T> scale, Acc<T>* row_max, Acc<T>* row_sum,
-             Acc<T>* column_max, Acc<T>* column_sum) {
-  const auto of = rows == ROWS && columns == COLUMNS<T> ? softmax_of<T, true> : softmax_of<T, false>;
+void softmax(const Acc<T>* s, int64_t rows, int64_t columns, Acc<T> scale, int64_t own, Acc<T>* row_max,
+             Acc<T>* row_sum, Acc<T>* column_max, Acc<T>* column_sum) {
+  const auto of = holds_own<T>(own, rows)                 ? softmax_of<T, false, true>
+                  : rows == ROWS && columns == COLUMNS<T> ? softmax_of<T, true, false>
+                                                          : softmax_of<T, false, false>;
   of(s, rows, columns, scale, row_max, row_sum, column_max, column_sum);
 }
 
@@ -181,7 +193,7 @@ void softmax_backward_of(T* g, int64_t stride, const Acc<T>* s, int64_t rows, in
   }
   slopes<T, WHOLE>(g, stride, s, rows, columns, factor, sums, [&](V product, int64_t i, int v) {
     const V x = logits<T>(product, scale);
-    V d = exp2<T>(x - row_lse[0][i] - row_lse[1][i]) + exp2<T>(x - lse[v] - rest[v]);
+    V d = power<T, OWN>(x - row_lse[0][i] - row_lse[1][i]) + power<T, OWN>(x - lse[v] - rest[v]);
     d *= Acc<T>(0.5);
     if constexpr (OWN) d = is_own<T>(v, own + i) ? d - 1 : d;
     return d;

@@ -13,8 +13,8 @@ struct ContrastiveKernels {
   int64_t lanes;  // of a vector of A
   // One step of two online softmaxes: of each row and of each column max and the sum of 2^(x - max), which
   // for a row is [lanes], x = scale * s. A max may lag behind the true one.
-  void (*softmax)(const A* s, int64_t rows, int64_t columns, A scale, A* row_max, A* row_sum, A* column_max,
-                  A* column_sum);
+  void (*softmax)(const A* s, int64_t rows, int64_t columns, A scale, int64_t own, A* row_max, A* row_sum,
+                  A* column_max, A* column_sum);
   // The sum of softplus(x), x = scale * s + bias, and of softplus(-x) for the own pairs.
   A (*sigmoid)(const A* s, int64_t rows, int64_t columns, A scale, A bias, int64_t own);
   // g [rows, stride] = factor * the slope of the loss in each logit x = scale * s: half of 2^(x - row_lse) +

@@ -37,6 +37,7 @@ class Attention:
     scale: float | None = None
     mask: Any = None  # True where a query sees a key
     hidden: bool = False  # the mask is True where it does not
+    causal: bool = False
     passed: list[Node] = field(default_factory=list)
     watched: list[Node] = field(default_factory=list)  # of them, those that nobody else may read
     why: str = ""  # what keeps it from being the op
@@ -65,9 +66,10 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
     ):
         return None
     key, values = streams(found.key, 2), streams(found.value, 2)
-    if key.cat is None and values.cat is None and found.mask is None:
-        return None  # an ordinary attention
+    ordinary = key.cat is None and values.cat is None and found.mask is None
     why = found.why
+    if found.causal and not (ordinary and same(shape(found.query)[2], shape(found.key)[2])):
+        why = "it is causal over more or fewer keys than queries, or over a concatenation"
     if not why and any(user not in found.passed for seen in found.watched for user in seen.users):
         why = "the attention weights are used elsewhere"
     if key.groups != values.groups or not same(key.sizes, values.sizes):
@@ -78,7 +80,7 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
     if why:
         return Left("cross_attention", node, why)
 
-    options = {"masks": masks, "scale": found.scale}
+    options = {"masks": masks, "scale": found.scale, "causal": found.causal or None}
     pairs = list(zip(key.pieces, values.pieces, strict=True))
     call = Make(cross_attention, (found.query, pairs), {k: v for k, v in options.items() if v is not None})
     if _lies_by_rows(node):
@@ -99,6 +101,7 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
         flops=2.0 * batch * heads * queries * keys * (depth + hint(shape(found.value)[3])),
         saved=0.0,
         what=key.in_words(masks is not None),
+        ordinary=ordinary,
         keeps_output=True,
     )
     why = unsound(body, match)
@@ -114,8 +117,7 @@ def _sdpa(node: Node) -> Attention:
         found.why = "its scale is not a number"
     if number(argument(node, 4, "dropout_p", default=0.0)) != 0.0:
         found.why = "there is dropout"
-    if argument(node, 5, "is_causal", default=False):
-        found.why = "it is causal over the concatenation"
+    found.causal = bool(argument(node, 5, "is_causal", default=False))
     return found
 
 

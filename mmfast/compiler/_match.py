@@ -35,6 +35,7 @@ class Match:
     saved: float  # those of them that the op does not make
     what: str  # in words
     keeps_output: bool = False  # for the backward
+    ordinary: bool = False  # PyTorch has a kernel for it too, which is harder to beat
 
 
 def unsound(body: Body, match: Match) -> str:

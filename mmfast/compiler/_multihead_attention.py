@@ -27,8 +27,6 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
     if value(query) is None or len(shape(query)) != 3:  # [L, B, E]
         return None
     key, values = streams(given["key"], 0), streams(given["value"], 0)
-    if key.cat is None and values.cat is None and padding is None:
-        return None  # an ordinary attention
     hidden, passed = (None, list[Node]()) if padding is None else _hidden(padding)
     why = _unlike(given, layer, node)
     if not why and not same(key.sizes, values.sizes):
@@ -66,6 +64,7 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
         dtype=node.meta["example_value"].dtype,
         flops=4.0 * batch * queries * hint(shape(given["key"])[0]) * features,
         saved=0.0,
+        ordinary=key.cat is None and values.cat is None and padding is None,
         what=f"nn.MultiheadAttention over {key.in_words(masks is not None)}",
     )
     why = unsound(body, match)

@@ -464,9 +464,19 @@ def softmax_over_the_queries(q, k1, v1, k2, v2):
     return (q @ both(k1, k2).mT).softmax(-2) @ both(v1, v2)
 
 
-@case({"q": QUERY, "k": FIRST, "v": FIRST})
+@case({"q": QUERY, "k": FIRST, "v": FIRST}, "cross_attention")
 def one_stream_without_a_mask(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
+
+
+@case({"q": FIRST, "k": FIRST, "v": FIRST}, "cross_attention")
+def one_causal_stream(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@case({"q": QUERY, "k": FIRST, "v": FIRST}, leaves=("causal over more or fewer keys",))
+def one_causal_stream_of_another_length(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 @case(STREAMS | MASKS, leaves=("its mask is added",))
@@ -578,7 +588,7 @@ def a_layer_with_dropout(q, one, two, **weights):
     return by_function(q, keys, keys, *weights.values(), dropout=1e-30)
 
 
-@case({"q": (4, 3, 8), "one": (5, 3, 8)} | MULTIHEAD)
+@case({"q": (4, 3, 8), "one": (5, 3, 8)} | MULTIHEAD, "cross_attention")
 def a_layer_over_one_stream(q, one, **weights):
     return by_function(q, one, one, *weights.values())
 

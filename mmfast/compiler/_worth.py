@@ -2,8 +2,8 @@
 
 ``table.json`` holds for an op, a device and a dtype how many floating point operations a layer must have
 (``"flops"``), or how many of them the op must save because sources are broadcast (``"saved"``), for a model
-that Inductor compiles to be faster with the op in it; ``"ordinary"`` is ``"flops"`` where PyTorch has a kernel
-for the very thing.
+that Inductor compiles to be faster with the op in it. ``"ordinary"`` is ``"flops"`` where PyTorch has a
+kernel for the very thing.
 """
 
 import math

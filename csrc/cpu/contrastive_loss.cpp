@@ -8,19 +8,13 @@
 #include <numeric>
 
 #include "box.h"
-#include "sources.h"
-
-MM_DISPATCH(mmfast_contrastive_loss, const void*, mmfast::RowType)
+#include "tiles.h"
 
 namespace mmfast {
+
+MM_KERNELS(contrastive_kernels, ContrastiveKernels)
+
 namespace {
-
-template <class T>
-const ContrastiveKernels<T>& contrastive_kernels() {
-  return *static_cast<const ContrastiveKernels<T>*>(mmfast_contrastive_loss()(row_type<T>));
-}
-
-constexpr long double LOG2_E = 1.4426950408889634074L;
 
 struct Range {
   int64_t first, end;
@@ -39,12 +33,13 @@ struct Pairs {
 
   Pairs(const Tensor& a_, const Tensor& b_, const Maybe& present)
       : held_a(dense(a_)), held_b(dense(b_)), samples(a_.size(0)), depth(a_.size(1)) {
-    const bool* const there = data<bool>(present);
+    const Matrix<const T> all_a = matrix<T>(held_a), all_b = matrix<T>(held_b);
+    const Elements<bool> there(present, true);
     for (int64_t s = 0; s < samples; ++s)
-      if (!there || there[s * present->stride(0)]) {
+      if (there(s)) {
         sample.push_back(s);
-        a.push_back(static_cast<const T*>(held_a.data_ptr()) + s * held_a.stride(0));
-        b.push_back(static_cast<const T*>(held_b.data_ptr()) + s * held_b.stride(0));
+        a.push_back(all_a.row(s));
+        b.push_back(all_b.row(s));
       }
     columns = Right<T>::of_columns(b, depth);
     count = sample.size();
@@ -120,7 +115,7 @@ template <class T, class A = typename wide<T>::type>
 Tensors softmax_loss(const Pairs<T>& pairs, A scale) {
   const auto& kernels = contrastive_kernels<T>();
   const int64_t padded = pairs.blocks * pairs.side;  // the last panel may be filled up
-  const A scale2 = scale * static_cast<A>(LOG2_E), lowest = std::numeric_limits<A>::lowest();
+  const A scale2 = scale * LOG2_E<A>, lowest = std::numeric_limits<A>::lowest();
   Softmaxes<A> of_rows(pairs.blocks, padded), of_columns(pairs.blocks, padded);
   const Buffer<A> own(1, padded);  // the pairs' own x
   take_turns(pairs.blocks, pairs.blocks, pairs.cost(), [&](auto take) {
@@ -163,7 +158,7 @@ Tensors softmax_loss(const Pairs<T>& pairs, A scale) {
         to[pairs.samples] = max + log_sum - to[0];
       }
   });
-  *data<A>(loss) = std::accumulate(losses.begin(), losses.end(), Wider<A>(0)) / LOG2_E;
+  *data<A>(loss) = std::accumulate(losses.begin(), losses.end(), Wider<A>(0)) / LOG2_E<Wider<A>>;
   return {loss, lse};
 }
 
@@ -347,7 +342,7 @@ Tensors backward(const Pairs<T>& pairs, bool softmax, A grad, A scale, A bias, c
                                                          grad * scale, to);
                        const A* const row_lse[] = {present_lse.row(0) + r, present_lse.row(1) + r};
                        const A* const column_lse[] = {present_lse.row(2) + c, present_lse.row(3) + c};
-                       kernels.softmax_backward(g, STRIDE, s, rows, columns, scale * A(LOG2_E), row_lse,
+                       kernels.softmax_backward(g, STRIDE, s, rows, columns, scale * LOG2_E<A>, row_lse,
                                                 column_lse, r - c, grad * scale, to);
                      });
       }
@@ -367,7 +362,7 @@ Tensors backward(const Pairs<T>& pairs, bool softmax, A grad, A scale, A bias, c
 
 Tensors contrastive_loss(Tensor a, Tensor b, Tensor logit_scale, Maybe logit_bias, std::string kind,
                          Maybe present) {
-  return by_type("contrastive_loss: a", a.scalar_type(), [&](auto zero, auto to) {
+  return by_type("contrastive_loss: a", a.scalar_type(), 0, [&](auto zero, auto to) {
     using T = decltype(zero);
     using A = typename wide<T>::type;
     const Pairs<T> pairs(to(a), to(b), present);
@@ -379,16 +374,13 @@ Tensors contrastive_loss(Tensor a, Tensor b, Tensor logit_scale, Maybe logit_bia
 
 Tensors contrastive_loss_backward(Tensor grad, Tensor a, Tensor b, Tensor logit_scale, Maybe logit_bias,
                                   std::string kind, Maybe present, Maybe lse, std::vector<bool> needs) {
-  Tensors made = by_type("contrastive_loss: a", a.scalar_type(), [&](auto zero, auto to) {
+  return by_type("contrastive_loss: a", a.scalar_type(), needs[0] + needs[1], [&](auto zero, auto to) {
     using T = decltype(zero);
     using A = typename wide<T>::type;
     const Maybe whole = lse ? Maybe(torch::stable::contiguous(*lse)) : lse;
     return backward(Pairs<T>(to(a), to(b), present), kind == "softmax", *data<A>(grad), *data<A>(logit_scale),
                     logit_bias ? *data<A>(logit_bias) : A(0), data<A>(whole), needs);
   });
-  if (a.scalar_type() == ScalarType::Half)  // all but the scalars, which are as wide as the sums
-    for (int64_t i = 0; i < needs[0] + needs[1]; ++i) made[i] = cast(made[i], ScalarType::Half);
-  return made;
 }
 
 }  // namespace

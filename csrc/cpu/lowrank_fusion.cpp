@@ -4,38 +4,29 @@
 // A task is some rows and a panel of columns: each factor is made in tiles, multiplied into the product of
 // its rank and kept for the backward, and the ranks are added up, all in a core's own cache. What is absent
 // is left out of the tiles.
-#include <string>
-
 #include "box.h"
 #include "simd/products.h"
 #include "tiles.h"
 
-MM_DISPATCH(mmfast_products, const void*, mmfast::RowType)
-
 namespace mmfast {
+
+MM_KERNELS(product_kernels, ProductKernels)
+
 namespace {
-
-inline Tensor dense(const Tensor& t) {  // in its last dimension
-  return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
-}
-
-template <class A, class T>
-std::vector<A> widened(const Tensor& t) {
-  std::vector<A> out(t.numel(), 0);
-  const Tensor flat = torch::stable::contiguous(t);
-  row_kernels<T>().accumulate(out.data(), 1, data<T>(flat), flat.numel());
-  return out;
-}
 
 template <class T, class A = typename wide<T>::type>
 struct Problem {
-  const ProductKernels<T>& kernels = *static_cast<const ProductKernels<T>*>(mmfast_products()(row_type<T>));
+  const ProductKernels<T>& kernels = product_kernels<T>();
   Tensors held;  // keeps copies alive that were made for their strides
   int64_t count, rows, ranks, width;
-  std::vector<Rows<T>> x;       // [n][B]; null where it is absent
-  std::vector<int64_t> depth;   // D_i
-  std::vector<Tensor> factors;  // [R, D_i + 1, O]
-  std::vector<A> weight;        // [R]
+  std::vector<Rows<T>> x;      // [n][B]; null where it is absent
+  std::vector<int64_t> depth;  // D_i
+  std::vector<A> weight;       // [R]
+  struct Factor {              // [R, D_i + 1, O]
+    const T* data;
+    int64_t rank_stride, row_stride;
+  };
+  std::vector<Factor> factors;
 
   static constexpr T nothing{};  // the row of a modality without features, which is there all the same
 
@@ -44,22 +35,23 @@ struct Problem {
         rows(inputs[0].size(0)),
         ranks(rank_weight.size(0)),
         width(factors_[0].size(2)),
-        weight(widened<A, T>(rank_weight)) {
+        weight(widened<T>(rank_weight)) {
+    const Elements<bool> there(present, true);
     for (int64_t i = 0; i < count; ++i) {
-      const Tensor& own = held.emplace_back(dense(inputs[i]));
+      const Matrix<const T> own = matrix<T>(held.emplace_back(dense(inputs[i])));
       Rows<T>& to = x.emplace_back(rows, nullptr);
       for (int64_t b = 0; b < rows; ++b)
-        if (!present || data<bool>(*present)[b * present->stride(0) + i * present->stride(1)])
-          to[b] = own.size(1) ? data<T>(own) + b * own.stride(0) : &nothing;
-      depth.push_back(own.size(1));
-      factors.push_back(dense(factors_[i]));
+        if (there(b, i)) to[b] = own.columns ? own.row(b) : &nothing;
+      depth.push_back(own.columns);
+      const Tensor& factor = held.emplace_back(dense(factors_[i]));
+      factors.push_back({data<T>(factor), factor.stride(0), factor.stride(1)});
     }
   }
 
   // Row d of a factor's rank; row D_i belongs to the 1.
   const T* factor_row(int64_t i, int64_t r, int64_t d) const {
-    const Tensor& f = factors[i];
-    return data<T>(f) + r * f.stride(0) + d * f.stride(1);
+    const Factor& f = factors[i];
+    return f.data + r * f.rank_stride + d * f.row_stride;
   }
   Rows<T> factor_rows(int64_t i, int64_t r) const {  // without the last
     Rows<T> out(depth[i]);
@@ -80,7 +72,7 @@ template <class T>
 Tensors forward(const Tensors& inputs, const Tensors& factors, const Tensor& rank_weight, const Maybe& bias_,
                 const Maybe& present, bool save) {
   using A = typename wide<T>::type;
-  constexpr int64_t MOST = 96, FEW = 16 * sizeof(T);  // rows of a task; so few that packing does not pay
+  constexpr int64_t MOST = 96;  // rows of a task
   const Problem<T> p(inputs, factors, rank_weight, present);
   const auto& tile = tile_kernels<T>();
   const int64_t width = tile.columns, height = tile.rows;
@@ -88,7 +80,7 @@ Tensors forward(const Tensors& inputs, const Tensors& factors, const Tensor& ran
   T* const out = data<T>(made[0]);
   if (save) made.push_back(empty({p.count, p.rows, p.ranks, p.width}, scalar_type<T>));
   const Kept<T> kept{save ? data<T>(made[1]) : nullptr, p.rows, p.ranks, p.width};
-  const std::vector<A> bias = bias_ ? widened<A, T>(*bias_) : std::vector<A>(p.width, 0);
+  const std::vector<A> bias = bias_ ? widened<T>(*bias_) : std::vector<A>(p.width, 0);
 
   std::vector<Right<T>> right;  // [n, R]
   int64_t bytes = 0, depth = 0;
@@ -103,7 +95,7 @@ Tensors forward(const Tensors& inputs, const Tensors& factors, const Tensor& ran
   take_turns(panels, blocks, each * width * p.ranks * (depth + MEMORY), [&](auto take) {
     const Buffer<A> product(each, width), sum(each, width);
     const Buffer<char> packed(1, bytes);
-    alignas(64) A base[TileKernels<T>::MOST_COLUMNS], ones[TileKernels<T>::MOST_COLUMNS];
+    alignas(64) A base[TileKernels<T>::MOST_COLUMNS] = {}, ones[TileKernels<T>::MOST_COLUMNS];
     std::fill_n(ones, width, A(1));
     Sums<T> c;
     std::vector<int64_t> there;
@@ -126,10 +118,9 @@ Tensors forward(const Tensors& inputs, const Tensors& factors, const Tensor& ran
           if (there.empty()) continue;
           const Right<T>& factor = right[i * p.ranks + r];
           const int64_t rows = there.size();
-          const bool in_place = rows <= FEW && factor.readable(panel);
+          const bool in_place = rows <= FEW<T> && factor.readable(panel);
           if (!in_place) factor.pack(packed.data(), panel);
-          std::fill_n(base, width, A(0));
-          row_kernels<T>().accumulate(base, 1, p.factor_row(i, r, p.depth[i]) + first, used);
+          row_kernels<T>().widen(base, p.factor_row(i, r, p.depth[i]) + first, used);
           std::fill_n(c.at, height, base);
           for (int64_t k = 0; k < rows; k += height) {
             const int64_t count = std::min(height, rows - k);
@@ -258,23 +249,16 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensors& fact
   return made;
 }
 
-// The results in the inputs' dtype, which the kernels do not have for float16.
-template <class F>
-Tensors run_in(ScalarType type, const F& run) {
-  const Tensors made = by_type("lowrank_fusion: rank_weight", type, run);
-  return type == ScalarType::Half ? cast(made, type) : made;
-}
-
 Tensors lowrank_fusion(Tensors inputs, Tensors factors, Tensor rank_weight, Maybe bias, Maybe present,
                        bool save) {
-  return run_in(rank_weight.scalar_type(), [&](auto zero, auto to) {
+  return by_type("lowrank_fusion: rank_weight", rank_weight.scalar_type(), ALL, [&](auto zero, auto to) {
     return forward<decltype(zero)>(to(inputs), to(factors), to(rank_weight), to(bias), present, save);
   });
 }
 
 Tensors lowrank_fusion_backward(Tensor grad, Tensors inputs, Tensors factors, Tensor rank_weight,
                                 Maybe present, Tensor kept, std::vector<bool> needs) {
-  return run_in(rank_weight.scalar_type(), [&](auto zero, auto to) {
+  return by_type("lowrank_fusion: rank_weight", rank_weight.scalar_type(), ALL, [&](auto zero, auto to) {
     return backward<decltype(zero)>(to(grad), to(inputs), to(factors), to(rank_weight), present, to(kept),
                                     needs);
   });

@@ -1,4 +1,4 @@
-// See mixture.h. No torch header and no linkage but MM_ENTRY: see dispatch.h.
+// See mixture.h. No torch header and no linkage but MM_KERNELS_ENTRY: see dispatch.h.
 #include "mixture.h"
 
 #include "vectors.h"
@@ -32,4 +32,4 @@ constexpr MixtureKernels<T> kernels = {mix<T>, backward<T>};
 
 }  // namespace
 
-MM_KERNELS_ENTRY(mmfast_mixture)
+MM_KERNELS_ENTRY(mixture_kernels)

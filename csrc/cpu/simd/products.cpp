@@ -1,4 +1,4 @@
-// See products.h. No torch header and no linkage but MM_ENTRY: see dispatch.h.
+// See products.h. No torch header and no linkage but MM_KERNELS_ENTRY: see dispatch.h.
 #include "products.h"
 
 #include "vectors.h"
@@ -43,4 +43,4 @@ constexpr ProductKernels<T> kernels = {multiply<T>, backward<T>};
 
 }  // namespace
 
-MM_KERNELS_ENTRY(mmfast_products)
+MM_KERNELS_ENTRY(product_kernels)

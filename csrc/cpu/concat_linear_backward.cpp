@@ -51,7 +51,7 @@ struct Backward {
   const std::vector<T*>& grads;                      // where each that is needed is written
   std::map<Shape, std::vector<A>> shared_sums = {};  // of g, by a source's own leading dimensions
 
-  // sum of g over the output rows that read each own row of source i, where it is visible [own rows, width]
+  // sum of g over the output rows that read each own row of a source [own rows, width]
   const std::vector<A>& sums(const Source<T>& s) {
     const auto [at, fresh] = shared_sums.try_emplace(s.sizes);
     if (fresh)

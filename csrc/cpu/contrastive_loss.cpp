@@ -3,6 +3,7 @@
 // into the gradients of both sides.
 #include "simd/contrastive_loss.h"
 
+#include <array>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -22,7 +23,7 @@ struct Range {
 };
 
 // The pairs that are present, numbered without the others, and the matrix of their logits in blocks x blocks
-// squares: tasks of about the same size, whatever the number of pairs.
+// squares: about as many tasks however many pairs, unless they are few.
 template <class T>
 struct Pairs {
   Tensor held_a, held_b;
@@ -321,10 +322,7 @@ Tensors backward(const Pairs<T>& pairs, bool softmax, A grad, A scale, A bias, c
   for (int64_t k = 0; softmax && k < 4; ++k)
     for (int64_t i = 0; i < pairs.count; ++i)
       present_lse.row(k)[i] = lse[k * pairs.samples + pairs.sample[i]];
-  struct SumsOfSlopes {
-    double weighted_and_all[2] = {0, 0};
-  };
-  std::vector<SumsOfSlopes> sums(pairs.blocks * pairs.blocks);
+  std::vector<std::array<double, 2>> sums(pairs.blocks * pairs.blocks);  // of slopes: weighted, and all
   // The blocks of one step share no rows and no columns, so nobody else writes to their gradients, and each
   // row of a gradient adds up in the same order always.
   const bool anything = needs[0] || needs[1] || needs[2] || (needs[3] && !softmax);
@@ -333,7 +331,7 @@ Tensors backward(const Pairs<T>& pairs, bool softmax, A grad, A scale, A bias, c
       Worker<T> worker(pairs, d_a, d_b);
       for (int64_t y; (y = take()) >= 0;) {
         const int64_t x = (y + step) % pairs.blocks;
-        double* const to = sums[y * pairs.blocks + x].weighted_and_all;
+        double* const to = sums[y * pairs.blocks + x].data();
         worker.block(pairs.block(y), pairs.block(x),
                      [&](T* g, const A* s, int64_t r, int64_t rows, int64_t c, int64_t columns) {
                        constexpr int64_t STRIDE = Worker<T>::COLUMNS;
@@ -352,7 +350,7 @@ Tensors backward(const Pairs<T>& pairs, bool softmax, A grad, A scale, A bias, c
   if (needs[0]) made.push_back(d_a.finish(pairs));
   if (needs[1]) made.push_back(d_b.finish(pairs));
   double weighted = 0, all = 0;
-  for (const auto& [s] : sums) weighted += s[0], all += s[1];
+  for (const auto& s : sums) weighted += s[0], all += s[1];
   const auto put = [&](double x) { *data<A>(made.emplace_back(empty({}, scalar_type<A>))) = x; };
   // Without pairs both are 0 whatever grad is: that of loss / count is infinite then.
   if (needs[2]) put(pairs.count ? grad * weighted : 0);

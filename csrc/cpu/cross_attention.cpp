@@ -97,6 +97,7 @@ class Worker {
     const T* left[TileKernels<T>::MOST_ROWS];
     v.fill(left, [&](int64_t i) { return query_[v.row[i]]; });
     keys_.multiply(logits_.data(), left, v.count, v.most);
+    // The kernel looks for the maximum before it scales.
     if (a_.scale2 < 0) softmax_.scale(logits_.data(), -1, parts(KEYS, k_.columns) * k_.rows * k_.columns);
     A factor[TileKernels<T>::MOST_ROWS];
     softmax_.softmax(weights_.data(), logits_.data(), v.count, v.row, v.keys, std::abs(a_.scale2),

@@ -16,7 +16,7 @@ V larger(V x, V y) {
 }
 
 // 2^x = 2^n p(x - n), n the whole number below, and p the polynomial with p(0) = 1 that has the least
-// relative error: 2e-9, for bfloat16 9e-5. nan stays nan; below 2^-126 it stays there where AVX-512 is not.
+// relative error: 2e-9, for bfloat16 9e-5. nan stays nan. Without AVX-512 what is below 2^-126 becomes that.
 template <class T>
 Vec<T> exp2(Vec<T> x) {
   if constexpr (sizeof(T) == 8) {

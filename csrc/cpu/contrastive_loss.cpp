@@ -56,11 +56,11 @@ struct Pairs {
 
 // Makes tiles of a @ b.T, in one thread.
 template <class T, class A = typename wide<T>::type>
-class Products {
+class LogitTiles {
  public:
   const TileKernels<T>& k = tile_kernels<T>();
 
-  Products(const Pairs<T>& pairs, int64_t panels)
+  LogitTiles(const Pairs<T>& pairs, int64_t panels)
       : pairs_(pairs), packed_(panels, panel_bytes<T>(pairs.depth)), made_(k.rows, k.columns) {}
 
   void pack(int64_t slot, int64_t panel) const { pairs_.columns.pack(packed_.row(slot), panel); }
@@ -82,13 +82,13 @@ class Products {
 
 // each(s, row, rows, column, columns) for the tiles of a block
 template <class T, class F>
-void each_tile(const Pairs<T>& pairs, const Products<T>& products, Range rows, Range columns, F each) {
-  const auto& k = products.k;
+void each_tile(const Pairs<T>& pairs, const LogitTiles<T>& tiles, Range rows, Range columns, F each) {
+  const auto& k = tiles.k;
   for (int64_t c = columns.first; c < columns.end; c += k.columns) {
-    products.pack(0, c / k.columns);
+    tiles.pack(0, c / k.columns);
     for (int64_t r = rows.first; r < rows.end; r += k.rows) {
       const int64_t count = std::min(k.rows, rows.end - r);
-      each(products.tile(0, r, count), r, count, c, std::min(k.columns, columns.end - c));
+      each(tiles.tile(0, r, count), r, count, c, std::min(k.columns, columns.end - c));
     }
   }
 }
@@ -120,7 +120,7 @@ Tensors softmax_loss(const Pairs<T>& pairs, A scale) {
   Softmaxes<A> of_rows(pairs.blocks, padded), of_columns(pairs.blocks, padded);
   const Buffer<A> own(1, padded);  // the pairs' own x
   take_turns(pairs.blocks, pairs.blocks, pairs.cost(), [&](auto take) {
-    const Products<T> products(pairs, 1);
+    const LogitTiles<T> tiles(pairs, 1);
     const Buffer<A> row_sum(pairs.side, kernels.lanes);
     for (int64_t task; (task = take()) >= 0;) {
       const int64_t y = task / pairs.blocks, x = task % pairs.blocks;
@@ -136,9 +136,9 @@ Tensors softmax_loss(const Pairs<T>& pairs, A scale) {
         kernels.softmax(s, height, width, scale2, r - c, row_max + r, row_sum.row(r - rows.first),
                         column_max + c, column_sum + c);
         for (int64_t i = std::max(r, c); i < std::min(r + height, c + width); ++i)
-          own.data()[i] = s[(i - r) * products.k.columns + i - c] * scale2;
+          own.data()[i] = s[(i - r) * tiles.k.columns + i - c] * scale2;
       };
-      each_tile(pairs, products, rows, columns, tile);
+      each_tile(pairs, tiles, rows, columns, tile);
       for (int64_t r = rows.first; r < rows.end; ++r) {
         const A* const sums = row_sum.row(r - rows.first);
         of_rows.sum.row(x)[r] = std::accumulate(sums, sums + kernels.lanes, A(0));
@@ -167,9 +167,9 @@ template <class T, class A = typename wide<T>::type>
 Tensors sigmoid_loss(const Pairs<T>& pairs, A scale, A bias) {
   std::vector<Wider<A>> losses(pairs.blocks * pairs.blocks);
   take_turns(pairs.blocks, pairs.blocks, pairs.cost(), [&](auto take) {
-    const Products<T> products(pairs, 1);
+    const LogitTiles<T> tiles(pairs, 1);
     for (int64_t task; (task = take()) >= 0;)
-      each_tile(pairs, products, pairs.block(task / pairs.blocks), pairs.block(task % pairs.blocks),
+      each_tile(pairs, tiles, pairs.block(task / pairs.blocks), pairs.block(task % pairs.blocks),
                 [&](const A* s, int64_t r, int64_t rows, int64_t c, int64_t columns) {
                   losses[task] += contrastive_kernels<T>().sigmoid(s, rows, columns, scale, bias, r - c);
                 });
@@ -249,7 +249,7 @@ class Worker {
       : pairs_(pairs),
         d_a_(d_a),
         d_b_(d_b),
-        products_(pairs, COLUMNS / k_.columns),
+        tiles_(pairs, COLUMNS / k_.columns),
         slopes_(ROWS, COLUMNS),
         left_(1, whole_groups<T>(ROWS) * k_.rows),
         a_(d_b.needed() ? d_b.panels() : 0, panel_bytes<T>(ROWS)),
@@ -260,7 +260,7 @@ class Worker {
   void block(Range rows, Range columns, F slope) {
     for (int64_t c = columns.first; c < columns.end; c += COLUMNS) {
       const Range some{c, std::min(c + COLUMNS, columns.end)};
-      for (int64_t p = 0; p * k_.columns < some.count(); ++p) products_.pack(p, c / k_.columns + p);
+      for (int64_t p = 0; p * k_.columns < some.count(); ++p) tiles_.pack(p, c / k_.columns + p);
       if (d_a_.needed()) pack(b_, pairs_.b, some);
       for (int64_t r = rows.first; r < rows.end; r += ROWS)
         part({r, std::min(r + ROWS, rows.end)}, some, slope);
@@ -279,7 +279,7 @@ class Worker {
     for (int64_t c = 0; c < columns.count(); c += k_.columns)
       for (int64_t r = 0; r < rows.count(); r += k_.rows) {
         const int64_t height = std::min(k_.rows, rows.count() - r);
-        const A* const s = products_.tile(c / k_.columns, rows.first + r, height);
+        const A* const s = tiles_.tile(c / k_.columns, rows.first + r, height);
         slope(slopes_.row(r) + c, s, rows.first + r, height, columns.first + c,
               std::min(k_.columns, columns.count() - c));
       }
@@ -307,7 +307,7 @@ class Worker {
   const TileKernels<T>& k_ = tile_kernels<T>();
   const Pairs<T>& pairs_;
   const Gradient<T>&d_a_, &d_b_;
-  Products<T> products_;
+  LogitTiles<T> tiles_;
   Buffer<T> slopes_, left_;
   Buffer<char> a_, b_;
 };

@@ -88,8 +88,8 @@ struct Attention {
         joint(batch, 0),
         blocks(batch),
         causal(causal_),
-        scale(scale_ ? *scale_ : 1 / std::sqrt(static_cast<double>(query_.size(3)))),
-        scale2((scale_ ? *scale_ : 1 / std::sqrt(static_cast<double>(query_.size(3)))) * LOG2_E<double>),
+        scale(scale_or_default(scale_)),
+        scale2(scale_or_default(scale_) * LOG2_E<double>),
         of_queries(present_ && present_->dim() == 3),
         present(present_, true),
         bias(bias_, 0) {
@@ -136,6 +136,9 @@ struct Attention {
   }
 
  private:
+  double scale_or_default(std::optional<double> given) const {
+    return given ? *given : 1 / std::sqrt(static_cast<double>(depth));
+  }
   Keys find(int64_t i, int64_t b, const Maybe& length, const Maybe& mask) const {
     Keys k;
     if (!of_queries && !present(b, i)) return k;
@@ -169,7 +172,7 @@ struct Block {
   struct Part {
     int64_t source, first, from, until;
   };
-  int64_t first, count, parts = 0;
+  int64_t first, count, part_count = 0;
   Part part[KEYS];  // more than one in the joint only
   const T *key[KEYS], *value[KEYS];
 
@@ -187,7 +190,7 @@ struct Block {
 
  private:
   void take(const Attention<T>& a, int64_t b, int64_t kv_head, const Part& p) {
-    part[parts++] = p;
+    part[part_count++] = p;
     const Keys& own = a.of(b, p.source);
     const auto gather = [&](const T** to, const Heads<T>& heads) {
       const T* const start = heads.row(b, kv_head, 0);

@@ -122,7 +122,7 @@ class Worker {
       if (needs_value) add_transposed(d_value_, p_, count, block.count, grad_lines_, grads_);
       if (needs_key) add_transposed(d_key_, ds_, count, block.count, query_lines_, queries_);
     }
-    for (const auto* p = block.part; p < block.part + block.parts; ++p) {
+    for (const auto* p = block.part; p < block.part + block.part_count; ++p) {
       const int64_t head = (task.b * a_.kv_heads + task.kv_head) * a_.key[p->source].rows;
       for (int64_t j = p->from; j < p->until; ++j) {
         const int64_t to = head + a_.of(task.b, p->source).place(p->first + j - p->from);

@@ -4,25 +4,26 @@
 // A task is some rows and a panel of columns: each factor is made in tiles, multiplied into the product of
 // its rank and kept for the backward, and the ranks are added up, all in a core's own cache. What is absent
 // is left out of the tiles.
+#include "simd/lowrank_fusion.h"
+
 #include "box.h"
-#include "simd/products.h"
 #include "tiles.h"
 
 namespace mmfast {
 
-MM_KERNELS(product_kernels, ProductKernels)
+MM_KERNELS(lowrank_kernels, LowrankKernels)
 
 namespace {
 
 template <class T, class A = typename wide<T>::type>
 struct Problem {
-  const ProductKernels<T>& kernels = product_kernels<T>();
-  Tensors held;  // keeps copies alive that were made for their strides
-  int64_t count, rows, ranks, width;
-  std::vector<Rows<T>> x;      // [n][B]; null where it is absent
-  std::vector<int64_t> depth;  // D_i
-  std::vector<A> weight;       // [R]
-  struct Factor {              // [R, D_i + 1, O]
+  const LowrankKernels<T>& kernels = lowrank_kernels<T>();
+  Tensors held;                       // keeps copies alive that were made for their strides
+  int64_t count, rows, ranks, width;  // n, B, R, O
+  std::vector<Rows<T>> x;             // [n][B]; null where it is absent
+  std::vector<int64_t> depth;         // D_i
+  std::vector<A> weight;              // [R]
+  struct Factor {                     // [R, D_i + 1, O]
     const T* data;
     int64_t rank_stride, row_stride;
   };
@@ -64,8 +65,8 @@ struct Problem {
 template <class T>
 struct Kept {
   T* data;
-  int64_t rows, ranks, width;
-  T* at(int64_t i, int64_t b, int64_t r) const { return data + ((i * rows + b) * ranks + r) * width; }
+  int64_t B, R, O;
+  T* at(int64_t i, int64_t b, int64_t r) const { return data + ((i * B + b) * R + r) * O; }
 };
 
 template <class T>
@@ -74,37 +75,39 @@ Tensors forward(const Tensors& inputs, const Tensors& factors, const Tensor& ran
   using A = typename wide<T>::type;
   constexpr int64_t MOST = 96;  // rows of a task
   const Problem<T> p(inputs, factors, rank_weight, present);
+  const int64_t n = p.count, B = p.rows, R = p.ranks, O = p.width;
   const auto& tile = tile_kernels<T>();
   const int64_t width = tile.columns, height = tile.rows;
-  Tensors made{empty({p.rows, p.width}, scalar_type<T>)};
+  Tensors made{empty({B, O}, scalar_type<T>)};
   T* const out = data<T>(made[0]);
-  if (save) made.push_back(empty({p.count, p.rows, p.ranks, p.width}, scalar_type<T>));
-  const Kept<T> kept{save ? data<T>(made[1]) : nullptr, p.rows, p.ranks, p.width};
-  const std::vector<A> bias = bias_ ? widened<T>(*bias_) : std::vector<A>(p.width, 0);
+  if (save) made.push_back(empty({n, B, R, O}, scalar_type<T>));
+  const Kept<T> kept{save ? data<T>(made[1]) : nullptr, B, R, O};
+  const std::vector<A> bias = bias_ ? widened<T>(*bias_) : std::vector<A>(O, 0);
 
   std::vector<Right<T>> right;  // [n, R]
   int64_t bytes = 0, depth = 0;
-  for (int64_t i = 0; i < p.count; ++i) {
-    for (int64_t r = 0; r < p.ranks; ++r) right.push_back(Right<T>::of_rows(p.factor_rows(i, r), p.width));
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t r = 0; r < R; ++r) right.push_back(Right<T>::of_rows(p.factor_rows(i, r), O));
     bytes = std::max(bytes, panel_bytes<T>(p.depth[i]));
     depth += p.depth[i];
   }
-  const int64_t some = std::clamp(parts(parts(p.rows, 4), height) * height, height, MOST);
-  const int64_t each = parts(parts(p.rows, parts(std::max<int64_t>(p.rows, 1), some)), height) * height;
-  const int64_t blocks = parts(p.rows, std::max(each, height)), panels = parts(p.width, width);
-  take_turns(panels, blocks, each * width * p.ranks * (depth + MEMORY), [&](auto take) {
-    const Buffer<A> product(each, width), sum(each, width);
+  const int64_t all_rows = std::max<int64_t>(B, 1);
+  const int64_t most_rows = std::min(parts(parts(all_rows, 4), height) * height, MOST);
+  const int64_t task_rows = parts(parts(all_rows, parts(all_rows, most_rows)), height) * height;
+  const int64_t blocks = parts(B, task_rows), panels = parts(O, width);
+  take_turns(panels, blocks, task_rows * width * R * (depth + MEMORY), [&](auto take) {
+    const Buffer<A> product(task_rows, width), sum(task_rows, width);
     const Buffer<char> packed(1, bytes);
     alignas(64) A base[TileKernels<T>::MOST_COLUMNS] = {}, ones[TileKernels<T>::MOST_COLUMNS];
     std::fill_n(ones, width, A(1));
     Sums<T> c;
     std::vector<int64_t> there;
     for (int64_t task; (task = take()) >= 0;) {
-      const int64_t panel = task / blocks, first = panel * width, used = std::min(width, p.width - first);
-      const int64_t begin = task % blocks * each, end = std::min(begin + each, p.rows);
+      const int64_t panel = task / blocks, first = panel * width, used = std::min(width, O - first);
+      const int64_t begin = task % blocks * task_rows, end = std::min(begin + task_rows, B);
       for (int64_t b = begin; b < end; ++b) std::copy_n(bias.data() + first, used, sum.row(b - begin));
-      for (int64_t r = 0; r < p.ranks; ++r) {
-        for (int64_t i = 0; i < p.count; ++i) {
+      for (int64_t r = 0; r < R; ++r) {
+        for (int64_t i = 0; i < n; ++i) {
           const auto join = [&](int64_t b, const A* factor) {
             p.kernels.multiply(product.row(b - begin), save ? kept.at(i, b, r) + first : nullptr, factor,
                                i == 0, used);
@@ -116,7 +119,7 @@ Tensors forward(const Tensors& inputs, const Tensors& factors, const Tensor& ran
             else if (i == 0 || save)
               join(b, ones);
           if (there.empty()) continue;
-          const Right<T>& factor = right[i * p.ranks + r];
+          const Right<T>& factor = right[i * R + r];
           const int64_t rows = there.size();
           const bool in_place = rows <= FEW<T> && factor.readable(panel);
           if (!in_place) factor.pack(packed.data(), panel);
@@ -135,7 +138,7 @@ Tensors forward(const Tensors& inputs, const Tensors& factors, const Tensor& ran
           row_kernels<A>().accumulate(sum.row(b), p.weight[r], product.row(b), used);
       }
       for (int64_t b = begin; b < end; ++b)
-        row_kernels<T>().narrow(out + b * p.width + first, sum.row(b - begin), used);
+        row_kernels<T>().narrow(out + b * O + first, sum.row(b - begin), used);
     }
   });
   return made;
@@ -153,16 +156,13 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensors& fact
   const int64_t n = p.count, B = p.rows, R = p.ranks, O = p.width;
   Tensors made;
   std::vector<T*> grads(needs.size());
-  for (size_t k = 0; k < needs.size(); ++k) {
-    if (!needs[k]) continue;
-    const int64_t i = k % n;
-    const bool of_input = int64_t(k) < n, of_factor = !of_input && int64_t(k) < 2 * n;
-    const Shape shape = of_input              ? Shape{B, p.depth[i]}
-                        : of_factor           ? Shape{R, p.depth[i] + 1, O}
-                        : int64_t(k) == 2 * n ? Shape{R}
-                                              : Shape{O};
-    grads[k] = data<T>(made.emplace_back(empty(shape, scalar_type<T>)));
-  }
+  const auto make = [&](int64_t k, const Shape& shape) {
+    if (needs[k]) grads[k] = data<T>(made.emplace_back(empty(shape, scalar_type<T>)));
+  };
+  for (int64_t i = 0; i < n; ++i) make(i, {B, p.depth[i]});
+  for (int64_t i = 0; i < n; ++i) make(n + i, {R, p.depth[i] + 1, O});
+  make(2 * n, {R});
+  make(2 * n + 1, {O});
   const Tensor grad = torch::stable::contiguous(grad_), tensor = torch::stable::contiguous(kept_);
   const Kept<T> kept{data<T>(tensor), B, R, O};
   const auto needed = [&](int64_t i) { return needs[i] || needs[n + i]; };

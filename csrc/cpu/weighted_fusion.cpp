@@ -1,20 +1,21 @@
 // weighted_fusion on the CPU: sum over i of softmax(logits)_i x_i over the sources that a row has, each row
 // read and written once.
+#include "simd/weighted_fusion.h"
+
 #include <cmath>
 
 #include "box.h"
-#include "simd/mixture.h"
 #include "sources.h"
 
 namespace mmfast {
 
-MM_KERNELS(mixture_kernels, MixtureKernels)
+MM_KERNELS(weighted_kernels, WeightedKernels)
 
 namespace {
 
 template <class T, class A = typename wide<T>::type>
 struct Problem {
-  const MixtureKernels<T>& kernels = mixture_kernels<T>();
+  const WeightedKernels<T>& kernels = weighted_kernels<T>();
   Tensors held;  // [*inputs, logits], or copies that were made for their strides
   Shape lead;
   int64_t count, rows, depth;

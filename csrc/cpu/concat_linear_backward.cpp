@@ -234,7 +234,7 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensor& weigh
     grads[i] = data<T>(made.emplace_back(empty(shape, scalar_type<T>)));
   }
 
-  const Tensor grad = grad_.is_contiguous() ? grad_ : torch::stable::contiguous(grad_);
+  const Tensor grad = as_contiguous(grad_);
   std::optional<Buffer<T>> dz;
   const T* g = data<T>(grad);
   if (preact) {

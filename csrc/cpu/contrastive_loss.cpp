@@ -375,7 +375,7 @@ Tensors contrastive_loss_backward(Tensor grad, Tensor a, Tensor b, Tensor logit_
   return by_type("contrastive_loss: a", a.scalar_type(), needs[0] + needs[1], [&](auto zero, auto to) {
     using T = decltype(zero);
     using A = typename wide<T>::type;
-    const Maybe whole = lse ? Maybe(torch::stable::contiguous(*lse)) : lse;
+    const Maybe whole = lse ? Maybe(as_contiguous(*lse)) : lse;
     return backward(Pairs<T>(to(a), to(b), present), kind == "softmax", *data<A>(grad), *data<A>(logit_scale),
                     logit_bias ? *data<A>(logit_bias) : A(0), data<A>(whole), needs);
   });

@@ -324,7 +324,7 @@ Tensors cross_attention_backward(Tensor grad, Maybe grad_lse, Tensor query, Tens
   return by_type("cross_attention: query", query.scalar_type(), narrow, [&](auto zero, auto to) {
     return backward<decltype(zero)>(
         {to(query), to(keys), to(values), lengths, masks, present, causal, source_bias, scale, false},
-        to(grad), grad_lse, to(torch::stable::contiguous(out)), torch::stable::contiguous(lse), needs);
+        to(grad), grad_lse, to(as_contiguous(out)), as_contiguous(lse), needs);
   });
 }
 

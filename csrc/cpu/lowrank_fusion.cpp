@@ -163,7 +163,7 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensors& fact
   for (int64_t i = 0; i < n; ++i) make(n + i, {R, p.depth[i] + 1, O});
   make(2 * n, {R});
   make(2 * n + 1, {O});
-  const Tensor grad = torch::stable::contiguous(grad_), tensor = torch::stable::contiguous(kept_);
+  const Tensor grad = as_contiguous(grad_), tensor = as_contiguous(kept_);
   const Kept<T> kept{data<T>(tensor), B, R, O};
   const auto needed = [&](int64_t i) { return needs[i] || needs[n + i]; };
 

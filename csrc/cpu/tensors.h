@@ -56,6 +56,9 @@ class Elements {
   int64_t strides_[3] = {};
 };
 
+// `t` itself, or a copy; torch's own goes through the dispatcher to find that out.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 // `t` with a dense last dimension: itself, or a copy.
 inline Tensor dense(const Tensor& t) {
   return t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1
@@ -68,7 +71,7 @@ inline Maybe dense(const Maybe& t) { return t ? Maybe(dense(*t)) : t; }
 template <class T, class A = typename wide<T>::type>
 std::vector<A> widened(const Tensor& t) {
   std::vector<A> out(t.numel());
-  const Tensor flat = torch::stable::contiguous(t);
+  const Tensor flat = as_contiguous(t);
   row_kernels<T>().widen(out.data(), data<T>(flat), out.size());
   return out;
 }

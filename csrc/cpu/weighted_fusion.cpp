@@ -98,7 +98,7 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensor& logit
                  const std::vector<bool>& needs) {
   using A = typename wide<T>::type;
   const Problem<T> p(inputs, logits, present);
-  const Tensor grad = torch::stable::contiguous(grad_);
+  const Tensor grad = as_contiguous(grad_);
   Tensors made;
   std::vector<T*> dx(p.count);
   for (int64_t i = 0; i < p.count; ++i)

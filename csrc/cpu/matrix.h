@@ -92,6 +92,7 @@ class Buffer {
     // aligned_alloc would want whole lines, and AddressSanitizer would miss what is read past the end.
     void* memory;
     if (posix_memalign(&memory, LINE, bytes)) throw std::bad_alloc();
+    in_huge_pages(memory, bytes);
     memory_.reset(static_cast<T*>(memory));
   }
   T* data() const { return memory_.get(); }

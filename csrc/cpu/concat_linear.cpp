@@ -5,34 +5,26 @@ namespace mmfast {
 namespace {
 
 template <class T>
-Tensors forward(const Tensors& inputs, const Tensor& weight, const Maybe& bias_, const Maybe& present,
+Tensors forward(const Tensors& inputs, const Tensor& weight, const Maybe& bias, const Maybe& present,
                 std::optional<double> norm_eps, const Maybe& norm_weight, const Maybe& norm_bias,
                 Activation activation, const Maybe& residual_, const Maybe& gate_, bool save) {
   using A = typename wide<T>::type;
   const auto& wide_kernels = row_kernels<A>();
   const Problem<T> p(inputs, weight, present, norm_eps.has_value(), norm_weight, norm_bias);
-  const Maybe bias = dense(bias_), residual = dense(residual_);
+  const Maybe residual = dense(residual_);
   const int64_t n = activation == Activation::swiglu ? p.width / 2 : p.width;
-  const std::vector<A> gate = tanh_of<A, T>(gate_, n);
+  const std::vector<A> gate = tanh_of<T>(gate_, n);
 
-  Shape lead;  // as PyTorch has it: possibly none
-  for (const auto& t : inputs)
-    if (static_cast<int64_t>(lead.size()) < t.dim() - 1) lead = p.lead;
-  const auto shape = [&](int64_t last) {
-    Shape out = lead;
-    out.push_back(last);
-    return out;
-  };
+  const auto shape = [&](auto... last) { return output_shape(inputs, p.lead, {last...}); };
   const ScalarType type = scalar_type<T>, wide_type = scalar_type<A>;
   Tensors made{empty(shape(n), type)};
   T* const y = data<T>(made[0]);
   T* const z = save ? data<T>(made.emplace_back(empty(shape(p.width), type))) : nullptr;
-  A* const m = p.norm ? data<A>(made.emplace_back(empty(lead, wide_type))) : nullptr;
-  A* const v = p.norm ? data<A>(made.emplace_back(empty(lead, wide_type))) : nullptr;
+  A* const m = p.norm ? data<A>(made.emplace_back(empty(shape(), wide_type))) : nullptr;
+  A* const v = p.norm ? data<A>(made.emplace_back(empty(shape(), wide_type))) : nullptr;
 
   // [width], what every row starts from: bias + W @ norm_bias
-  std::vector<A> base(p.width, 0);
-  if (bias) p.kernels.accumulate(base.data(), 1, data<T>(*bias), p.width);
+  std::vector<A> base = bias ? widened<T>(*bias) : std::vector<A>(p.width, 0);
   if (p.norm) {
     p.statistics(*norm_eps, m, v);
     std::vector<Wider<A>> sum(base.begin(), base.end());
@@ -113,13 +105,10 @@ Tensors forward(const Tensors& inputs, const Tensor& weight, const Maybe& bias_,
 Tensors concat_linear(Tensors inputs, Tensor weight, Maybe bias, Maybe present,
                       std::optional<double> norm_eps, Maybe norm_weight, Maybe norm_bias,
                       std::string activation, Maybe residual, Maybe gate, bool save) {
-  const ScalarType type = weight.scalar_type();
-  Tensors made = by_type("concat_linear: weight", type, [&](auto zero, auto to) {
+  return by_type("concat_linear: weight", weight.scalar_type(), 1 + save, [&](auto zero, auto to) {
     return forward<decltype(zero)>(to(inputs), to(weight), to(bias), present, norm_eps, to(norm_weight),
                                    to(norm_bias), activation_of(activation), to(residual), to(gate), save);
   });
-  for (int i = 0; type == ScalarType::Half && i <= save; ++i) made[i] = cast(made[i], type);
-  return made;
 }
 
 }  // namespace

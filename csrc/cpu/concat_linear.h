@@ -18,7 +18,6 @@
 
 #include "box.h"
 #include "sources.h"
-#include "tensors.h"
 
 namespace mmfast {
 namespace {  // a copy for each of the two files
@@ -29,8 +28,6 @@ Activation activation_of(const std::string& name) {
     if (name == names[i]) return static_cast<Activation>(i);
   STD_TORCH_CHECK(false, "concat_linear: unknown activation ", name);
 }
-
-Maybe dense(const Maybe& t) { return t ? Maybe(mmfast::dense(*t)) : t; }
 
 // What forward and backward share: the sources, and what a norm needs to know of them.
 template <class T, class A = typename wide<T>::type>
@@ -51,7 +48,7 @@ struct Problem {
 
   Problem(const Tensors& inputs, const Tensor& weight_, const Maybe& present, bool norm_,
           const Maybe& norm_weight_, const Maybe& norm_bias_)
-      : weight_tensor(mmfast::dense(weight_)),
+      : weight_tensor(dense(weight_)),
         norm_weight_tensor(dense(norm_weight_)),
         norm_bias_tensor(dense(norm_bias_)),
         lead(broadcast(inputs)),
@@ -59,20 +56,19 @@ struct Problem {
         batch(lead[0]),
         width(weight_.size(0)),
         depth(weight_.size(1)),
-        weight{data<T>(weight_tensor), width, depth, weight_tensor.stride(0)},
+        weight(matrix<T>(weight_tensor)),
         norm(norm_),
         norm_weight(data<T>(norm_weight_tensor)),
         norm_bias(data<T>(norm_bias_tensor)) {
+    const Elements<bool> there(present, true);
     int64_t column = 0;
     for (size_t i = 0; i < inputs.size(); ++i) {
-      held.push_back(mmfast::dense(inputs[i]));
+      held.push_back(dense(inputs[i]));
       Source<T> s = source<T>(held.back(), column, lead);
       column += s.depth;
       if (present) {
         s.present.resize(batch);
-        for (int64_t b = 0; b < batch; ++b)
-          s.present[b] =
-              data<bool>(*present)[b * present->stride(0) + static_cast<int64_t>(i) * present->stride(1)];
+        for (int64_t b = 0; b < batch; ++b) s.present[b] = there(b, i);
         if (s.always()) s.present.clear();
       }
       sources.push_back(std::move(s));
@@ -122,14 +118,13 @@ struct Problem {
 
   // W_i @ v_i [width] for a vector v over the concatenation's columns; null: ones
   std::vector<Wider<A>> project(const Source<T>& s, const T* v) const {
-    std::vector<A> wide_v(s.depth, v ? 0 : 1);
+    std::vector<A> wide_v(s.depth, 1);
     std::vector<Wider<A>> out(width);
-    if (v) kernels.accumulate(wide_v.data(), 1, v + s.column, s.depth);
+    if (v) kernels.widen(wide_v.data(), v + s.column, s.depth);
     parallel_rows(width, s.depth, [&](int64_t begin, int64_t end) {
       std::vector<A> row(s.depth);
       for (int64_t o = begin; o < end; ++o) {
-        std::fill(row.begin(), row.end(), A(0));
-        kernels.accumulate(row.data(), 1, weight.row(o) + s.column, s.depth);
+        kernels.widen(row.data(), weight.row(o) + s.column, s.depth);
         Wider<A> sums[8] = {};
         for (int64_t k = 0; k < s.depth; ++k) sums[k % 8] += Wider<A>(row[k]) * wide_v[k];
         for (const auto sum : sums) out[o] += sum;
@@ -164,14 +159,12 @@ struct Problem {
   }
 };
 
-template <class A, class T>
-std::vector<A> tanh_of(const Maybe& gate, int64_t n) {  // [n]
-  std::vector<A> out;
-  if (!gate) return out;
-  std::vector<A> wide_gate(gate->numel(), 0);
-  const Tensor g = torch::stable::contiguous(*gate);
-  row_kernels<T>().accumulate(wide_gate.data(), 1, data<T>(g), g.numel());
-  for (int64_t o = 0; o < n; ++o) out.push_back(std::tanh(wide_gate[wide_gate.size() == 1 ? 0 : o]));
+template <class T, class A = typename wide<T>::type>
+std::vector<A> tanh_of(const Maybe& gate, int64_t n) {  // [n], or nothing
+  if (!gate) return {};
+  std::vector<A> out = widened<T>(*gate);
+  if (out.size() == 1) out.assign(n, A(out[0]));
+  for (A& x : out) x = std::tanh(x);
   return out;
 }
 

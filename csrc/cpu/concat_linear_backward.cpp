@@ -51,7 +51,7 @@ struct Backward {
   const std::vector<T*>& grads;                      // where each that is needed is written
   std::map<Shape, std::vector<A>> shared_sums = {};  // of g, by a source's own leading dimensions
 
-  // sum of g over the output rows that read each own row of source i, where it is visible [own rows, width]
+  // sum of g over the output rows that read each own row of a source [own rows, width]
   const std::vector<A>& sums(const Source<T>& s) {
     const auto [at, fresh] = shared_sums.try_emplace(s.sizes);
     if (fresh)
@@ -234,12 +234,12 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensor& weigh
     grads[i] = data<T>(made.emplace_back(empty(shape, scalar_type<T>)));
   }
 
-  const Tensor grad = grad_.is_contiguous() ? grad_ : torch::stable::contiguous(grad_);
+  const Tensor grad = as_contiguous(grad_);
   std::optional<Buffer<T>> dz;
   const T* g = data<T>(grad);
   if (preact) {
     constexpr int64_t PART = 64;
-    const std::vector<A> gate = tanh_of<A, T>(gate_, out_width);
+    const std::vector<A> gate = tanh_of<T>(gate_, out_width);
     const int64_t parts = needs[n + 4] ? (p.rows + PART - 1) / PART : 0;
     std::vector<A> partial(parts * out_width, 0), dgate(out_width, 0);
     g = dz.emplace(p.rows, width).data();
@@ -266,13 +266,11 @@ Tensors concat_linear_backward(Tensor grad, Tensors inputs, Tensor weight, Maybe
                                std::optional<double> norm_eps, Maybe norm_weight, Maybe norm_bias,
                                std::string activation, Maybe gate, Maybe preact, Maybe mean, Maybe rstd,
                                std::vector<bool> needs) {
-  const ScalarType type = weight.scalar_type();
-  const Tensors made = by_type("concat_linear: weight", type, [&](auto zero, auto to) {
+  return by_type("concat_linear: weight", weight.scalar_type(), ALL, [&](auto zero, auto to) {
     return backward<decltype(zero)>(to(grad), to(inputs), to(weight), present, norm_eps, to(norm_weight),
                                     to(norm_bias), activation_of(activation), to(gate), to(preact), mean,
                                     rstd, needs);
   });
-  return type == ScalarType::Half ? cast(made, type) : made;
 }
 
 }  // namespace

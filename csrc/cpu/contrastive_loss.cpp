@@ -3,24 +3,19 @@
 // into the gradients of both sides.
 #include "simd/contrastive_loss.h"
 
+#include <array>
 #include <cmath>
 #include <limits>
 #include <numeric>
 
 #include "box.h"
-#include "sources.h"
-
-MM_DISPATCH(mmfast_contrastive_loss, const void*, mmfast::RowType)
+#include "tiles.h"
 
 namespace mmfast {
+
+MM_KERNELS(contrastive_kernels, ContrastiveKernels)
+
 namespace {
-
-template <class T>
-const ContrastiveKernels<T>& contrastive_kernels() {
-  return *static_cast<const ContrastiveKernels<T>*>(mmfast_contrastive_loss()(row_type<T>));
-}
-
-constexpr long double LOG2_E = 1.4426950408889634074L;
 
 struct Range {
   int64_t first, end;
@@ -28,7 +23,7 @@ struct Range {
 };
 
 // The pairs that are present, numbered without the others, and the matrix of their logits in blocks x blocks
-// squares: tasks of about the same size, whatever the number of pairs.
+// squares: about as many tasks however many pairs, unless they are few.
 template <class T>
 struct Pairs {
   Tensor held_a, held_b;
@@ -39,12 +34,13 @@ struct Pairs {
 
   Pairs(const Tensor& a_, const Tensor& b_, const Maybe& present)
       : held_a(dense(a_)), held_b(dense(b_)), samples(a_.size(0)), depth(a_.size(1)) {
-    const bool* const there = data<bool>(present);
+    const Matrix<const T> all_a = matrix<T>(held_a), all_b = matrix<T>(held_b);
+    const Elements<bool> there(present, true);
     for (int64_t s = 0; s < samples; ++s)
-      if (!there || there[s * present->stride(0)]) {
+      if (there(s)) {
         sample.push_back(s);
-        a.push_back(static_cast<const T*>(held_a.data_ptr()) + s * held_a.stride(0));
-        b.push_back(static_cast<const T*>(held_b.data_ptr()) + s * held_b.stride(0));
+        a.push_back(all_a.row(s));
+        b.push_back(all_b.row(s));
       }
     columns = Right<T>::of_columns(b, depth);
     count = sample.size();
@@ -60,11 +56,11 @@ struct Pairs {
 
 // Makes tiles of a @ b.T, in one thread.
 template <class T, class A = typename wide<T>::type>
-class Products {
+class LogitTiles {
  public:
   const TileKernels<T>& k = tile_kernels<T>();
 
-  Products(const Pairs<T>& pairs, int64_t panels)
+  LogitTiles(const Pairs<T>& pairs, int64_t panels)
       : pairs_(pairs), packed_(panels, panel_bytes<T>(pairs.depth)), made_(k.rows, k.columns) {}
 
   void pack(int64_t slot, int64_t panel) const { pairs_.columns.pack(packed_.row(slot), panel); }
@@ -86,13 +82,13 @@ class Products {
 
 // each(s, row, rows, column, columns) for the tiles of a block
 template <class T, class F>
-void each_tile(const Pairs<T>& pairs, const Products<T>& products, Range rows, Range columns, F each) {
-  const auto& k = products.k;
+void each_tile(const Pairs<T>& pairs, const LogitTiles<T>& tiles, Range rows, Range columns, F each) {
+  const auto& k = tiles.k;
   for (int64_t c = columns.first; c < columns.end; c += k.columns) {
-    products.pack(0, c / k.columns);
+    tiles.pack(0, c / k.columns);
     for (int64_t r = rows.first; r < rows.end; r += k.rows) {
       const int64_t count = std::min(k.rows, rows.end - r);
-      each(products.tile(0, r, count), r, count, c, std::min(k.columns, columns.end - c));
+      each(tiles.tile(0, r, count), r, count, c, std::min(k.columns, columns.end - c));
     }
   }
 }
@@ -120,11 +116,11 @@ template <class T, class A = typename wide<T>::type>
 Tensors softmax_loss(const Pairs<T>& pairs, A scale) {
   const auto& kernels = contrastive_kernels<T>();
   const int64_t padded = pairs.blocks * pairs.side;  // the last panel may be filled up
-  const A scale2 = scale * static_cast<A>(LOG2_E), lowest = std::numeric_limits<A>::lowest();
+  const A scale2 = scale * LOG2_E<A>, lowest = std::numeric_limits<A>::lowest();
   Softmaxes<A> of_rows(pairs.blocks, padded), of_columns(pairs.blocks, padded);
   const Buffer<A> own(1, padded);  // the pairs' own x
   take_turns(pairs.blocks, pairs.blocks, pairs.cost(), [&](auto take) {
-    const Products<T> products(pairs, 1);
+    const LogitTiles<T> tiles(pairs, 1);
     const Buffer<A> row_sum(pairs.side, kernels.lanes);
     for (int64_t task; (task = take()) >= 0;) {
       const int64_t y = task / pairs.blocks, x = task % pairs.blocks;
@@ -140,9 +136,9 @@ Tensors softmax_loss(const Pairs<T>& pairs, A scale) {
         kernels.softmax(s, height, width, scale2, r - c, row_max + r, row_sum.row(r - rows.first),
                         column_max + c, column_sum + c);
         for (int64_t i = std::max(r, c); i < std::min(r + height, c + width); ++i)
-          own.data()[i] = s[(i - r) * products.k.columns + i - c] * scale2;
+          own.data()[i] = s[(i - r) * tiles.k.columns + i - c] * scale2;
       };
-      each_tile(pairs, products, rows, columns, tile);
+      each_tile(pairs, tiles, rows, columns, tile);
       for (int64_t r = rows.first; r < rows.end; ++r) {
         const A* const sums = row_sum.row(r - rows.first);
         of_rows.sum.row(x)[r] = std::accumulate(sums, sums + kernels.lanes, A(0));
@@ -163,7 +159,7 @@ Tensors softmax_loss(const Pairs<T>& pairs, A scale) {
         to[pairs.samples] = max + log_sum - to[0];
       }
   });
-  *data<A>(loss) = std::accumulate(losses.begin(), losses.end(), Wider<A>(0)) / LOG2_E;
+  *data<A>(loss) = std::accumulate(losses.begin(), losses.end(), Wider<A>(0)) / LOG2_E<Wider<A>>;
   return {loss, lse};
 }
 
@@ -171,9 +167,9 @@ template <class T, class A = typename wide<T>::type>
 Tensors sigmoid_loss(const Pairs<T>& pairs, A scale, A bias) {
   std::vector<Wider<A>> losses(pairs.blocks * pairs.blocks);
   take_turns(pairs.blocks, pairs.blocks, pairs.cost(), [&](auto take) {
-    const Products<T> products(pairs, 1);
+    const LogitTiles<T> tiles(pairs, 1);
     for (int64_t task; (task = take()) >= 0;)
-      each_tile(pairs, products, pairs.block(task / pairs.blocks), pairs.block(task % pairs.blocks),
+      each_tile(pairs, tiles, pairs.block(task / pairs.blocks), pairs.block(task % pairs.blocks),
                 [&](const A* s, int64_t r, int64_t rows, int64_t c, int64_t columns) {
                   losses[task] += contrastive_kernels<T>().sigmoid(s, rows, columns, scale, bias, r - c);
                 });
@@ -253,7 +249,7 @@ class Worker {
       : pairs_(pairs),
         d_a_(d_a),
         d_b_(d_b),
-        products_(pairs, COLUMNS / k_.columns),
+        tiles_(pairs, COLUMNS / k_.columns),
         slopes_(ROWS, COLUMNS),
         left_(1, whole_groups<T>(ROWS) * k_.rows),
         a_(d_b.needed() ? d_b.panels() : 0, panel_bytes<T>(ROWS)),
@@ -264,7 +260,7 @@ class Worker {
   void block(Range rows, Range columns, F slope) {
     for (int64_t c = columns.first; c < columns.end; c += COLUMNS) {
       const Range some{c, std::min(c + COLUMNS, columns.end)};
-      for (int64_t p = 0; p * k_.columns < some.count(); ++p) products_.pack(p, c / k_.columns + p);
+      for (int64_t p = 0; p * k_.columns < some.count(); ++p) tiles_.pack(p, c / k_.columns + p);
       if (d_a_.needed()) pack(b_, pairs_.b, some);
       for (int64_t r = rows.first; r < rows.end; r += ROWS)
         part({r, std::min(r + ROWS, rows.end)}, some, slope);
@@ -283,7 +279,7 @@ class Worker {
     for (int64_t c = 0; c < columns.count(); c += k_.columns)
       for (int64_t r = 0; r < rows.count(); r += k_.rows) {
         const int64_t height = std::min(k_.rows, rows.count() - r);
-        const A* const s = products_.tile(c / k_.columns, rows.first + r, height);
+        const A* const s = tiles_.tile(c / k_.columns, rows.first + r, height);
         slope(slopes_.row(r) + c, s, rows.first + r, height, columns.first + c,
               std::min(k_.columns, columns.count() - c));
       }
@@ -311,7 +307,7 @@ class Worker {
   const TileKernels<T>& k_ = tile_kernels<T>();
   const Pairs<T>& pairs_;
   const Gradient<T>&d_a_, &d_b_;
-  Products<T> products_;
+  LogitTiles<T> tiles_;
   Buffer<T> slopes_, left_;
   Buffer<char> a_, b_;
 };
@@ -326,10 +322,7 @@ Tensors backward(const Pairs<T>& pairs, bool softmax, A grad, A scale, A bias, c
   for (int64_t k = 0; softmax && k < 4; ++k)
     for (int64_t i = 0; i < pairs.count; ++i)
       present_lse.row(k)[i] = lse[k * pairs.samples + pairs.sample[i]];
-  struct SumsOfSlopes {
-    double weighted_and_all[2] = {0, 0};
-  };
-  std::vector<SumsOfSlopes> sums(pairs.blocks * pairs.blocks);
+  std::vector<std::array<double, 2>> sums(pairs.blocks * pairs.blocks);  // of slopes: weighted, and all
   // The blocks of one step share no rows and no columns, so nobody else writes to their gradients, and each
   // row of a gradient adds up in the same order always.
   const bool anything = needs[0] || needs[1] || needs[2] || (needs[3] && !softmax);
@@ -338,7 +331,7 @@ Tensors backward(const Pairs<T>& pairs, bool softmax, A grad, A scale, A bias, c
       Worker<T> worker(pairs, d_a, d_b);
       for (int64_t y; (y = take()) >= 0;) {
         const int64_t x = (y + step) % pairs.blocks;
-        double* const to = sums[y * pairs.blocks + x].weighted_and_all;
+        double* const to = sums[y * pairs.blocks + x].data();
         worker.block(pairs.block(y), pairs.block(x),
                      [&](T* g, const A* s, int64_t r, int64_t rows, int64_t c, int64_t columns) {
                        constexpr int64_t STRIDE = Worker<T>::COLUMNS;
@@ -347,7 +340,7 @@ Tensors backward(const Pairs<T>& pairs, bool softmax, A grad, A scale, A bias, c
                                                          grad * scale, to);
                        const A* const row_lse[] = {present_lse.row(0) + r, present_lse.row(1) + r};
                        const A* const column_lse[] = {present_lse.row(2) + c, present_lse.row(3) + c};
-                       kernels.softmax_backward(g, STRIDE, s, rows, columns, scale * A(LOG2_E), row_lse,
+                       kernels.softmax_backward(g, STRIDE, s, rows, columns, scale * LOG2_E<A>, row_lse,
                                                 column_lse, r - c, grad * scale, to);
                      });
       }
@@ -357,7 +350,7 @@ Tensors backward(const Pairs<T>& pairs, bool softmax, A grad, A scale, A bias, c
   if (needs[0]) made.push_back(d_a.finish(pairs));
   if (needs[1]) made.push_back(d_b.finish(pairs));
   double weighted = 0, all = 0;
-  for (const auto& [s] : sums) weighted += s[0], all += s[1];
+  for (const auto& s : sums) weighted += s[0], all += s[1];
   const auto put = [&](double x) { *data<A>(made.emplace_back(empty({}, scalar_type<A>))) = x; };
   // Without pairs both are 0 whatever grad is: that of loss / count is infinite then.
   if (needs[2]) put(pairs.count ? grad * weighted : 0);
@@ -367,7 +360,7 @@ Tensors backward(const Pairs<T>& pairs, bool softmax, A grad, A scale, A bias, c
 
 Tensors contrastive_loss(Tensor a, Tensor b, Tensor logit_scale, Maybe logit_bias, std::string kind,
                          Maybe present) {
-  return by_type("contrastive_loss: a", a.scalar_type(), [&](auto zero, auto to) {
+  return by_type("contrastive_loss: a", a.scalar_type(), 0, [&](auto zero, auto to) {
     using T = decltype(zero);
     using A = typename wide<T>::type;
     const Pairs<T> pairs(to(a), to(b), present);
@@ -379,16 +372,13 @@ Tensors contrastive_loss(Tensor a, Tensor b, Tensor logit_scale, Maybe logit_bia
 
 Tensors contrastive_loss_backward(Tensor grad, Tensor a, Tensor b, Tensor logit_scale, Maybe logit_bias,
                                   std::string kind, Maybe present, Maybe lse, std::vector<bool> needs) {
-  Tensors made = by_type("contrastive_loss: a", a.scalar_type(), [&](auto zero, auto to) {
+  return by_type("contrastive_loss: a", a.scalar_type(), needs[0] + needs[1], [&](auto zero, auto to) {
     using T = decltype(zero);
     using A = typename wide<T>::type;
-    const Maybe whole = lse ? Maybe(torch::stable::contiguous(*lse)) : lse;
+    const Maybe whole = lse ? Maybe(as_contiguous(*lse)) : lse;
     return backward(Pairs<T>(to(a), to(b), present), kind == "softmax", *data<A>(grad), *data<A>(logit_scale),
                     logit_bias ? *data<A>(logit_bias) : A(0), data<A>(whole), needs);
   });
-  if (a.scalar_type() == ScalarType::Half)  // all but the scalars, which are as wide as the sums
-    for (int64_t i = 0; i < needs[0] + needs[1]; ++i) made[i] = cast(made[i], ScalarType::Half);
-  return made;
 }
 
 }  // namespace

@@ -85,7 +85,7 @@ class Worker {
   std::pair<int64_t, int64_t> look(const Task& task, int64_t i) {
     for (int64_t r = 0; r < task.rows; ++r) {
       seen_[r] = a_.seen(task.b, task.kv_head, i, task.first + r);
-      bias_[r] = a_.bias_of(task.b, a_.head(task.kv_head, task.first + r), i) * LOG2_E<A>;
+      bias_[r] = a_.bias(task.b, a_.head(task.kv_head, task.first + r), i) * LOG2_E<A>;
     }
     const auto [least, most] = std::minmax_element(seen_.begin(), seen_.begin() + task.rows);
     return {*least, *most};
@@ -97,6 +97,7 @@ class Worker {
     const T* left[TileKernels<T>::MOST_ROWS];
     v.fill(left, [&](int64_t i) { return query_[v.row[i]]; });
     keys_.multiply(logits_.data(), left, v.count, v.most);
+    // The kernel looks for the maximum before it scales.
     if (a_.scale2 < 0) softmax_.scale(logits_.data(), -1, parts(KEYS, k_.columns) * k_.rows * k_.columns);
     A factor[TileKernels<T>::MOST_ROWS];
     softmax_.softmax(weights_.data(), logits_.data(), v.count, v.row, v.keys, std::abs(a_.scale2),
@@ -199,13 +200,10 @@ Tensors forward(const Attention<T>& a, bool want_mass) {
 Tensors cross_attention(Tensor query, Tensors keys, Tensors values, MaybeTensors lengths, MaybeTensors masks,
                         Maybe present, std::vector<bool> causal, Maybe source_bias,
                         std::optional<double> scale, bool mass) {
-  const ScalarType type = query.scalar_type();
-  Tensors made = by_type("cross_attention: query", type, [&](auto zero, auto to) {
+  return by_type("cross_attention: query", query.scalar_type(), 1, [&](auto zero, auto to) {
     return forward<decltype(zero)>(
         {to(query), to(keys), to(values), lengths, masks, present, causal, source_bias, scale, mass}, mass);
   });
-  made[0] = type == ScalarType::Half ? cast(made[0], type) : made[0];
-  return made;
 }
 
 }  // namespace

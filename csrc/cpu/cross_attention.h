@@ -7,18 +7,13 @@
 
 #include "box.h"
 #include "simd/attention.h"
-#include "sources.h"
-
-MM_DISPATCH(mmfast_attention, const void*, mmfast::RowType)
+#include "tiles.h"
 
 namespace mmfast {
 
 using MaybeTensors = std::vector<Maybe>;
 
-template <class T>
-const AttentionKernels<T>& attention_kernels() {
-  return *static_cast<const AttentionKernels<T>*>(mmfast_attention()(row_type<T>));
-}
+MM_KERNELS(attention_kernels, AttentionKernels)
 
 // [B, heads, rows, features] with dense features.
 template <class T>
@@ -55,9 +50,6 @@ struct BlockStart {
   int64_t source, first;
 };
 
-template <class A>
-constexpr A LOG2_E = A(1.4426950408889634074L);
-
 template <class T, class A = typename wide<T>::type>
 struct Attention {
   static constexpr int64_t KEYS = AttentionKernels<T>::KEYS;
@@ -75,7 +67,9 @@ struct Attention {
   int64_t most_blocks = 0;                      // of any sample
   std::vector<bool> causal;
   A scale, scale2;  // of the logits, and of the logits in units of ln 2, which the kernels take
-  std::optional<Tensor> present, bias;
+  bool of_queries;  // is `present`, [B, L, n]; else [B, n]
+  Elements<bool> present;
+  Elements<A> bias;  // [B, H, n]
 
   Attention(const Tensor& query_, const Tensors& keys_, const Tensors& values, const MaybeTensors& lengths,
             const MaybeTensors& masks, const Maybe& present_, const std::vector<bool>& causal_,
@@ -94,14 +88,15 @@ struct Attention {
         joint(batch, 0),
         blocks(batch),
         causal(causal_),
-        scale(scale_ ? *scale_ : 1 / std::sqrt(static_cast<double>(query_.size(3)))),
-        scale2((scale_ ? *scale_ : 1 / std::sqrt(static_cast<double>(query_.size(3)))) * LOG2_E<double>),
-        present(present_),
-        bias(bias_) {
+        scale(scale_or_default(scale_)),
+        scale2(scale_or_default(scale_) * LOG2_E<double>),
+        of_queries(present_ && present_->dim() == 3),
+        present(present_, true),
+        bias(bias_, 0) {
     for (int64_t i = 0; i < sources; ++i) {
       key.emplace_back(keys_[i]);
       value.emplace_back(values[i]);
-      joins.push_back(!by_source && !bias && !causal[i] && !(present && present->dim() == 3));
+      joins.push_back(!by_source && !bias_ && !causal[i] && !of_queries);
       for (int64_t b = 0; b < batch; ++b) {
         const Keys& own = keys[b * sources + i] = find(i, b, lengths[i], masks[i]);
         if (joins[i])
@@ -127,33 +122,26 @@ struct Attention {
   int64_t output_row(int64_t b, int64_t kv_head, int64_t r) const {
     return (b * heads + kv_head * group) * queries + r;
   }
-  A bias_of(int64_t b, int64_t h, int64_t i) const {
-    return bias ? static_cast<const A*>(
-                      bias->data_ptr())[b * bias->stride(0) + h * bias->stride(1) + i * bias->stride(2)]
-                : 0;
-  }
 
   // How many keys of source i row r sees: the first so many.
   int64_t seen(int64_t b, int64_t kv_head, int64_t i, int64_t r) const {
     if (i == sources) return joint[b];
     const Keys& k = of(b, i);
-    if (k.count == 0 || bias_of(b, head(kv_head, r), i) == -std::numeric_limits<A>::infinity()) return 0;
+    if (k.count == 0 || bias(b, head(kv_head, r), i) == -std::numeric_limits<A>::infinity()) return 0;
     const int64_t l = r % queries;
-    if (present && present->dim() == 3 &&
-        !present->template const_data_ptr<bool>()[b * present->stride(0) + l * present->stride(1) +
-                                                  i * present->stride(2)])
-      return 0;
+    if (of_queries && !present(b, l, i)) return 0;
     if (!causal[i]) return k.count;
     const int64_t end = std::clamp<int64_t>(l + key[i].rows - queries + 1, 0, key[i].rows);
     return k.before.empty() ? std::min(end, k.count) : k.before[end];
   }
 
  private:
+  double scale_or_default(std::optional<double> given) const {
+    return given ? *given : 1 / std::sqrt(static_cast<double>(depth));
+  }
   Keys find(int64_t i, int64_t b, const Maybe& length, const Maybe& mask) const {
     Keys k;
-    if (present && present->dim() == 2 &&
-        !present->template const_data_ptr<bool>()[b * present->stride(0) + i * present->stride(1)])
-      return k;
+    if (!of_queries && !present(b, i)) return k;
     int64_t end = key[i].rows;
     if (length) {
       const int64_t at = b * length->stride(0);
@@ -164,10 +152,10 @@ struct Attention {
     }
     k.count = end;
     if (!mask) return k;
-    const bool* const visible = static_cast<const bool*>(mask->data_ptr()) + b * mask->stride(0);
+    const Elements<bool> visible(mask, true);
     if (causal[i]) k.before.assign(key[i].rows + 1, 0);
     for (int64_t s = 0; s < end; ++s) {
-      if (visible[s * mask->stride(1)]) k.at.push_back(s);
+      if (visible(b, s)) k.at.push_back(s);
       if (causal[i]) k.before[s + 1] = k.at.size();
     }
     if (causal[i]) std::fill(k.before.begin() + end, k.before.end(), k.at.size());
@@ -184,7 +172,7 @@ struct Block {
   struct Part {
     int64_t source, first, from, until;
   };
-  int64_t first, count, parts = 0;
+  int64_t first, count, part_count = 0;
   Part part[KEYS];  // more than one in the joint only
   const T *key[KEYS], *value[KEYS];
 
@@ -202,7 +190,7 @@ struct Block {
 
  private:
   void take(const Attention<T>& a, int64_t b, int64_t kv_head, const Part& p) {
-    part[parts++] = p;
+    part[part_count++] = p;
     const Keys& own = a.of(b, p.source);
     const auto gather = [&](const T** to, const Heads<T>& heads) {
       const T* const start = heads.row(b, kv_head, 0);
@@ -399,14 +387,14 @@ class RowSums {
         A* const to = row(v.row[i], p);
         if (common && !v.all) std::copy_n(c + i * k_.columns, k_.columns, to);
         for (int64_t j = common; j < v.keys[i]; ++j)
-          row_kernels<T>().accumulate(to, widened(weights.row(first_weight + i)[j]),
+          row_kernels<T>().accumulate(to, as_wide(weights.row(first_weight + i)[j]),
                                       lines.row(j) + p * k_.columns, lines.used(p));
       }
     }
   }
 
  private:
-  static A widened(T x) {
+  static A as_wide(T x) {
     if constexpr (sizeof(T) == 2)
       return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
     else

@@ -29,22 +29,14 @@ struct Task {
   int64_t b, kv_head, from, until;
 };
 
-template <class A>
-A lse_gradient(const Maybe& grad_lse, int64_t b, int64_t h, int64_t l) {
-  return grad_lse
-             ? static_cast<const A*>(grad_lse->data_ptr())[b * grad_lse->stride(0) + h * grad_lse->stride(1) +
-                                                           l * grad_lse->stride(2)]
-             : A(0);
-}
-
 template <class T, class A = typename wide<T>::type>
 class Worker {
  public:
   static constexpr int64_t KEYS = AttentionKernels<T>::KEYS;
   static constexpr int64_t ROWS = 96;  // of queries, whose weights stay in the second cache
 
-  Worker(const Attention<T>& a, const Needs& needs, const Heads<T>& grad, const Maybe& grad_lse, const A* lse,
-         const A* delta, const Gradients<T>& out)
+  Worker(const Attention<T>& a, const Needs& needs, const Heads<T>& grad, const Elements<A>& grad_lse,
+         const A* lse, const A* delta, const Gradients<T>& out)
       : a_(a),
         needs_(needs),
         grad_(grad),
@@ -88,7 +80,7 @@ class Worker {
       if (n == task.from || i != blocks[n - 1].source) {
         for (int64_t r = 0; r < a_.rows; ++r) {
           seen_[r] = a_.seen(task.b, task.kv_head, i, r);
-          bias_[r] = a_.bias_of(task.b, a_.head(task.kv_head, r), i) * LOG2_E<A>;
+          bias_[r] = a_.bias(task.b, a_.head(task.kv_head, r), i) * LOG2_E<A>;
         }
         least_ = a_.rows ? *std::min_element(seen_.begin(), seen_.end()) : 0;
       }
@@ -130,7 +122,7 @@ class Worker {
       if (needs_value) add_transposed(d_value_, p_, count, block.count, grad_lines_, grads_);
       if (needs_key) add_transposed(d_key_, ds_, count, block.count, query_lines_, queries_);
     }
-    for (const auto* p = block.part; p < block.part + block.parts; ++p) {
+    for (const auto* p = block.part; p < block.part + block.part_count; ++p) {
       const int64_t head = (task.b * a_.kv_heads + task.kv_head) * a_.key[p->source].rows;
       for (int64_t j = p->from; j < p->until; ++j) {
         const int64_t to = head + a_.of(task.b, p->source).place(p->first + j - p->from);
@@ -151,8 +143,7 @@ class Worker {
     for (int64_t k = 0; k < v.count; ++k) {
       const int64_t r = v.row[k], at = a_.output_row(task.b, task.kv_head, r);
       const bool alone = v.keys[k] == seen_of_all_[r];
-      const A delta =
-          alone ? -lse_gradient<A>(grad_lse_, task.b, a_.head(task.kv_head, r), r % a_.queries) : delta_[at];
+      const A delta = alone ? -grad_lse_(task.b, a_.head(task.kv_head, r), r % a_.queries) : delta_[at];
       softmax_.softmax_backward(p_.row(to + k), ds_.row(to + k), logits_.data() + k * k_.columns,
                                 d_weights_.data() + k * k_.columns, v.keys[k], a_.scale2, bias_[r],
                                 lse_[at] * LOG2_E<A>, delta, alone,
@@ -181,7 +172,7 @@ class Worker {
   const Attention<T>& a_;
   const Needs& needs_;
   const Heads<T>& grad_;
-  const Maybe& grad_lse_;
+  const Elements<A>& grad_lse_;
   const A *lse_, *delta_;
   const Gradients<T>& out_;
   const TileKernels<T>& k_ = tile_kernels<T>();
@@ -223,13 +214,13 @@ void clear_hidden(const Attention<T>& a, const Needs& needs, const Gradients<T>&
 // gradient of its lse, but for what rounding `out` has done to delta, which is taken out here: with few
 // sources the difference is all there is.
 template <class T, class A = typename wide<T>::type>
-void bias_gradient(const Attention<T>& a, int64_t h, const A* of_source, const Maybe& grad_lse, A* to) {
+void bias_gradient(const Attention<T>& a, int64_t h, const A* of_source, const Elements<A>& grad_lse, A* to) {
   for (int64_t head = h * a.group; head < (h + 1) * a.group; ++head) {
     std::vector<Wider<A>> sums(a.sources, 0);
     for (int64_t l = 0; l < a.queries; ++l, of_source += a.sources * 2) {
       Wider<A> rest = 0, all = 0;
       for (int64_t i = 0; i < a.sources; ++i) rest += of_source[i * 2], all += of_source[i * 2 + 1];
-      rest -= lse_gradient<A>(grad_lse, head / a.heads, head % a.heads, l);
+      rest -= grad_lse(head / a.heads, head % a.heads, l);
       for (int64_t i = 0; i < a.sources; ++i)
         if (of_source[i * 2 + 1] != 0) sums[i] += of_source[i * 2] - rest / all * of_source[i * 2 + 1];
     }
@@ -239,29 +230,29 @@ void bias_gradient(const Attention<T>& a, int64_t h, const A* of_source, const M
 
 // [B, H, L]: sum of grad * out, less the gradient of lse.
 template <class T, class A = typename wide<T>::type>
-Buffer<A> deltas(const Attention<T>& a, const Heads<T>& grad, const Maybe& grad_lse, const T* out) {
+Buffer<A> deltas(const Attention<T>& a, const Heads<T>& grad, const Elements<A>& grad_lse, const T* out) {
   const int64_t rows = a.batch * a.heads * a.queries;
   Buffer<A> delta(rows, 1);
   parallel_rows(rows, a.value_depth, [&](int64_t from, int64_t until) {
     std::vector<A> wide_out(a.value_depth);
     for (int64_t r = from; r < until; ++r) {
       const int64_t b = r / a.queries / a.heads, h = r / a.queries % a.heads, l = r % a.queries;
-      std::fill(wide_out.begin(), wide_out.end(), A(0));
-      row_kernels<T>().accumulate(wide_out.data(), 1, out + r * a.value_depth, a.value_depth);
-      delta.data()[r] = row_kernels<T>().dot(grad.row(b, h, l), wide_out.data(), a.value_depth) -
-                        lse_gradient<A>(grad_lse, b, h, l);
+      row_kernels<T>().widen(wide_out.data(), out + r * a.value_depth, a.value_depth);
+      delta.data()[r] =
+          row_kernels<T>().dot(grad.row(b, h, l), wide_out.data(), a.value_depth) - grad_lse(b, h, l);
     }
   });
   return delta;
 }
 
 template <class T>
-Tensors backward(const Attention<T>& a, const Tensor& grad_, const Maybe& grad_lse, const Tensor& out,
+Tensors backward(const Attention<T>& a, const Tensor& grad_, const Maybe& grad_lse_, const Tensor& out,
                  const Tensor& lse, const std::vector<bool>& needs_) {
   using A = typename wide<T>::type;
   constexpr int64_t KEYS = AttentionKernels<T>::KEYS;
   const Needs needs(needs_, a.sources);
   const Heads<T> grad(grad_);
+  const Elements<A> grad_lse(grad_lse_, 0);
   const Buffer<A> delta = deltas(a, grad, grad_lse, data<T>(out));
 
   Tensors made;
@@ -329,15 +320,12 @@ Tensors cross_attention_backward(Tensor grad, Maybe grad_lse, Tensor query, Tens
                                  MaybeTensors lengths, MaybeTensors masks, Maybe present,
                                  std::vector<bool> causal, Maybe source_bias, std::optional<double> scale,
                                  Tensor out, Tensor lse, std::vector<bool> needs) {
-  const ScalarType type = query.scalar_type();
-  Tensors made = by_type("cross_attention: query", type, [&](auto zero, auto to) {
+  const size_t narrow = std::count(needs.begin(), needs.end() - 1, true);  // all but the bias's gradient
+  return by_type("cross_attention: query", query.scalar_type(), narrow, [&](auto zero, auto to) {
     return backward<decltype(zero)>(
         {to(query), to(keys), to(values), lengths, masks, present, causal, source_bias, scale, false},
-        to(grad), grad_lse, to(torch::stable::contiguous(out)), torch::stable::contiguous(lse), needs);
+        to(grad), grad_lse, to(as_contiguous(out)), as_contiguous(lse), needs);
   });
-  if (type == ScalarType::Half)  // all but the gradient of the bias, which is as wide as the sums
-    for (size_t i = 0; i < made.size() - needs.back(); ++i) made[i] = cast(made[i], type);
-  return made;
 }
 
 }  // namespace

@@ -9,15 +9,11 @@
 #include "box.h"
 #include "tensors.h"
 
-MM_DISPATCH(mmfast_group_norm, const void*, mmfast::RowType)
-
 namespace mmfast {
-namespace {
 
-template <class T>
-const NormKernels<T>& norm_kernels() {
-  return *static_cast<const NormKernels<T>*>(mmfast_group_norm()(row_type<T>));
-}
+MM_KERNELS(norm_kernels, NormKernels)
+
+namespace {
 
 // Columns of a sample that lie side by side, `rows` times; channel(k) is that of column k.
 struct Part {
@@ -115,16 +111,6 @@ struct Moments {
 };
 
 template <class T>
-auto widened(const Maybe& t, int64_t n, double otherwise) {
-  using A = typename wide<T>::type;
-  if (!t) return std::vector<A>(n, static_cast<A>(otherwise));
-  std::vector<A> out(n, 0);
-  const Tensor dense = torch::stable::contiguous(*t);
-  row_kernels<T>().accumulate(out.data(), 1, data<T>(dense), n);
-  return out;
-}
-
-template <class T>
 Tensors forward(const Tensor& input, int64_t groups, const Maybe& weight, const Maybe& bias_, double eps,
                 bool relu, const Maybe& residual_) {
   using A = typename wide<T>::type;
@@ -134,7 +120,8 @@ Tensors forward(const Tensor& input, int64_t groups, const Maybe& weight, const 
   const Tensor out = layout.empty(scalar_type<T>);
   const Tensor mean = empty({layout.batch, groups}, scalar_type<A>);
   const Tensor rstd = empty({layout.batch, groups}, scalar_type<A>);
-  const std::vector<A> w = widened<T>(weight, C, 1), b = widened<T>(bias_, C, 0);
+  const std::vector<A> w = weight ? widened<T>(*weight) : std::vector<A>(C, 1);
+  const std::vector<A> b = bias_ ? widened<T>(*bias_) : std::vector<A>(C, 0);
   const auto& kernels = norm_kernels<T>();
 
   parallel_rows(layout.batch, size, [&](int64_t begin, int64_t end) {
@@ -183,7 +170,7 @@ Tensors backward(const Tensor& grad_, const Tensor& input, int64_t groups, const
     made.push_back(as_input ? layout.empty(scalar_type<T>) : empty({C}, scalar_type<T>));
     grads[i] = data<T>(made.back());
   }
-  const std::vector<A> w = widened<T>(weight, C, 1);
+  const std::vector<A> w = weight ? widened<T>(*weight) : std::vector<A>(C, 1);
   std::vector<A> dweights(B * C), dbiases(B * C);  // of each sample
   const auto& kernels = norm_kernels<T>();
 
@@ -243,20 +230,19 @@ Tensors backward(const Tensor& grad_, const Tensor& input, int64_t groups, const
 
 std::tuple<Tensor, Tensor, Tensor> group_norm(Tensor input, int64_t groups, Maybe weight, Maybe bias,
                                               double eps, std::string activation, Maybe residual) {
-  const Tensors r = by_type("group_norm: input", input.scalar_type(), [&](auto zero, auto to) {
+  const Tensors r = by_type("group_norm: input", input.scalar_type(), 1, [&](auto zero, auto to) {
     return forward<decltype(zero)>(to(input), groups, to(weight), to(bias), eps, activation == "relu",
                                    to(residual));
   });
-  return {cast(r[0], input.scalar_type()), r[1], r[2]};
+  return {r[0], r[1], r[2]};
 }
 
 Tensors group_norm_backward(Tensor grad, Tensor input, int64_t groups, Maybe weight, std::string activation,
                             Tensor out, Tensor mean, Tensor rstd, std::vector<bool> needs) {
-  const Tensors r = by_type("group_norm: input", input.scalar_type(), [&](auto zero, auto to) {
+  return by_type("group_norm: input", input.scalar_type(), ALL, [&](auto zero, auto to) {
     return backward<decltype(zero)>(to(grad), to(input), groups, to(weight), activation == "relu", to(out),
                                     mean, rstd, needs);
   });
-  return cast(r, input.scalar_type());
 }
 
 }  // namespace

@@ -4,38 +4,30 @@
 // A task is some rows and a panel of columns: each factor is made in tiles, multiplied into the product of
 // its rank and kept for the backward, and the ranks are added up, all in a core's own cache. What is absent
 // is left out of the tiles.
-#include <string>
+#include "simd/lowrank_fusion.h"
 
 #include "box.h"
-#include "simd/products.h"
 #include "tiles.h"
 
-MM_DISPATCH(mmfast_products, const void*, mmfast::RowType)
-
 namespace mmfast {
+
+MM_KERNELS(lowrank_kernels, LowrankKernels)
+
 namespace {
-
-inline Tensor dense(const Tensor& t) {  // in its last dimension
-  return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
-}
-
-template <class A, class T>
-std::vector<A> widened(const Tensor& t) {
-  std::vector<A> out(t.numel(), 0);
-  const Tensor flat = torch::stable::contiguous(t);
-  row_kernels<T>().accumulate(out.data(), 1, data<T>(flat), flat.numel());
-  return out;
-}
 
 template <class T, class A = typename wide<T>::type>
 struct Problem {
-  const ProductKernels<T>& kernels = *static_cast<const ProductKernels<T>*>(mmfast_products()(row_type<T>));
-  Tensors held;  // keeps copies alive that were made for their strides
-  int64_t count, rows, ranks, width;
-  std::vector<Rows<T>> x;       // [n][B]; null where it is absent
-  std::vector<int64_t> depth;   // D_i
-  std::vector<Tensor> factors;  // [R, D_i + 1, O]
-  std::vector<A> weight;        // [R]
+  const LowrankKernels<T>& kernels = lowrank_kernels<T>();
+  Tensors held;                       // keeps copies alive that were made for their strides
+  int64_t count, rows, ranks, width;  // n, B, R, O
+  std::vector<Rows<T>> x;             // [n][B]; null where it is absent
+  std::vector<int64_t> depth;         // D_i
+  std::vector<A> weight;              // [R]
+  struct Factor {                     // [R, D_i + 1, O]
+    const T* data;
+    int64_t rank_stride, row_stride;
+  };
+  std::vector<Factor> factors;
 
   static constexpr T nothing{};  // the row of a modality without features, which is there all the same
 
@@ -44,22 +36,23 @@ struct Problem {
         rows(inputs[0].size(0)),
         ranks(rank_weight.size(0)),
         width(factors_[0].size(2)),
-        weight(widened<A, T>(rank_weight)) {
+        weight(widened<T>(rank_weight)) {
+    const Elements<bool> there(present, true);
     for (int64_t i = 0; i < count; ++i) {
-      const Tensor& own = held.emplace_back(dense(inputs[i]));
+      const Matrix<const T> own = matrix<T>(held.emplace_back(dense(inputs[i])));
       Rows<T>& to = x.emplace_back(rows, nullptr);
       for (int64_t b = 0; b < rows; ++b)
-        if (!present || data<bool>(*present)[b * present->stride(0) + i * present->stride(1)])
-          to[b] = own.size(1) ? data<T>(own) + b * own.stride(0) : &nothing;
-      depth.push_back(own.size(1));
-      factors.push_back(dense(factors_[i]));
+        if (there(b, i)) to[b] = own.columns ? own.row(b) : &nothing;
+      depth.push_back(own.columns);
+      const Tensor& factor = held.emplace_back(dense(factors_[i]));
+      factors.push_back({data<T>(factor), factor.stride(0), factor.stride(1)});
     }
   }
 
   // Row d of a factor's rank; row D_i belongs to the 1.
   const T* factor_row(int64_t i, int64_t r, int64_t d) const {
-    const Tensor& f = factors[i];
-    return data<T>(f) + r * f.stride(0) + d * f.stride(1);
+    const Factor& f = factors[i];
+    return f.data + r * f.rank_stride + d * f.row_stride;
   }
   Rows<T> factor_rows(int64_t i, int64_t r) const {  // without the last
     Rows<T> out(depth[i]);
@@ -72,47 +65,49 @@ struct Problem {
 template <class T>
 struct Kept {
   T* data;
-  int64_t rows, ranks, width;
-  T* at(int64_t i, int64_t b, int64_t r) const { return data + ((i * rows + b) * ranks + r) * width; }
+  int64_t B, R, O;
+  T* at(int64_t i, int64_t b, int64_t r) const { return data + ((i * B + b) * R + r) * O; }
 };
 
 template <class T>
 Tensors forward(const Tensors& inputs, const Tensors& factors, const Tensor& rank_weight, const Maybe& bias_,
                 const Maybe& present, bool save) {
   using A = typename wide<T>::type;
-  constexpr int64_t MOST = 96, FEW = 16 * sizeof(T);  // rows of a task; so few that packing does not pay
+  constexpr int64_t MOST = 96;  // rows of a task
   const Problem<T> p(inputs, factors, rank_weight, present);
+  const int64_t n = p.count, B = p.rows, R = p.ranks, O = p.width;
   const auto& tile = tile_kernels<T>();
   const int64_t width = tile.columns, height = tile.rows;
-  Tensors made{empty({p.rows, p.width}, scalar_type<T>)};
+  Tensors made{empty({B, O}, scalar_type<T>)};
   T* const out = data<T>(made[0]);
-  if (save) made.push_back(empty({p.count, p.rows, p.ranks, p.width}, scalar_type<T>));
-  const Kept<T> kept{save ? data<T>(made[1]) : nullptr, p.rows, p.ranks, p.width};
-  const std::vector<A> bias = bias_ ? widened<A, T>(*bias_) : std::vector<A>(p.width, 0);
+  if (save) made.push_back(empty({n, B, R, O}, scalar_type<T>));
+  const Kept<T> kept{save ? data<T>(made[1]) : nullptr, B, R, O};
+  const std::vector<A> bias = bias_ ? widened<T>(*bias_) : std::vector<A>(O, 0);
 
   std::vector<Right<T>> right;  // [n, R]
   int64_t bytes = 0, depth = 0;
-  for (int64_t i = 0; i < p.count; ++i) {
-    for (int64_t r = 0; r < p.ranks; ++r) right.push_back(Right<T>::of_rows(p.factor_rows(i, r), p.width));
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t r = 0; r < R; ++r) right.push_back(Right<T>::of_rows(p.factor_rows(i, r), O));
     bytes = std::max(bytes, panel_bytes<T>(p.depth[i]));
     depth += p.depth[i];
   }
-  const int64_t some = std::clamp(parts(parts(p.rows, 4), height) * height, height, MOST);
-  const int64_t each = parts(parts(p.rows, parts(std::max<int64_t>(p.rows, 1), some)), height) * height;
-  const int64_t blocks = parts(p.rows, std::max(each, height)), panels = parts(p.width, width);
-  take_turns(panels, blocks, each * width * p.ranks * (depth + MEMORY), [&](auto take) {
-    const Buffer<A> product(each, width), sum(each, width);
+  const int64_t all_rows = std::max<int64_t>(B, 1);
+  const int64_t most_rows = std::min(parts(parts(all_rows, 4), height) * height, MOST);
+  const int64_t task_rows = parts(parts(all_rows, parts(all_rows, most_rows)), height) * height;
+  const int64_t blocks = parts(B, task_rows), panels = parts(O, width);
+  take_turns(panels, blocks, task_rows * width * R * (depth + MEMORY), [&](auto take) {
+    const Buffer<A> product(task_rows, width), sum(task_rows, width);
     const Buffer<char> packed(1, bytes);
-    alignas(64) A base[TileKernels<T>::MOST_COLUMNS], ones[TileKernels<T>::MOST_COLUMNS];
+    alignas(64) A base[TileKernels<T>::MOST_COLUMNS] = {}, ones[TileKernels<T>::MOST_COLUMNS];
     std::fill_n(ones, width, A(1));
     Sums<T> c;
     std::vector<int64_t> there;
     for (int64_t task; (task = take()) >= 0;) {
-      const int64_t panel = task / blocks, first = panel * width, used = std::min(width, p.width - first);
-      const int64_t begin = task % blocks * each, end = std::min(begin + each, p.rows);
+      const int64_t panel = task / blocks, first = panel * width, used = std::min(width, O - first);
+      const int64_t begin = task % blocks * task_rows, end = std::min(begin + task_rows, B);
       for (int64_t b = begin; b < end; ++b) std::copy_n(bias.data() + first, used, sum.row(b - begin));
-      for (int64_t r = 0; r < p.ranks; ++r) {
-        for (int64_t i = 0; i < p.count; ++i) {
+      for (int64_t r = 0; r < R; ++r) {
+        for (int64_t i = 0; i < n; ++i) {
           const auto join = [&](int64_t b, const A* factor) {
             p.kernels.multiply(product.row(b - begin), save ? kept.at(i, b, r) + first : nullptr, factor,
                                i == 0, used);
@@ -124,12 +119,11 @@ Tensors forward(const Tensors& inputs, const Tensors& factors, const Tensor& ran
             else if (i == 0 || save)
               join(b, ones);
           if (there.empty()) continue;
-          const Right<T>& factor = right[i * p.ranks + r];
+          const Right<T>& factor = right[i * R + r];
           const int64_t rows = there.size();
-          const bool in_place = rows <= FEW && factor.readable(panel);
+          const bool in_place = rows <= FEW<T> && factor.readable(panel);
           if (!in_place) factor.pack(packed.data(), panel);
-          std::fill_n(base, width, A(0));
-          row_kernels<T>().accumulate(base, 1, p.factor_row(i, r, p.depth[i]) + first, used);
+          row_kernels<T>().widen(base, p.factor_row(i, r, p.depth[i]) + first, used);
           std::fill_n(c.at, height, base);
           for (int64_t k = 0; k < rows; k += height) {
             const int64_t count = std::min(height, rows - k);
@@ -144,7 +138,7 @@ Tensors forward(const Tensors& inputs, const Tensors& factors, const Tensor& ran
           row_kernels<A>().accumulate(sum.row(b), p.weight[r], product.row(b), used);
       }
       for (int64_t b = begin; b < end; ++b)
-        row_kernels<T>().narrow(out + b * p.width + first, sum.row(b - begin), used);
+        row_kernels<T>().narrow(out + b * O + first, sum.row(b - begin), used);
     }
   });
   return made;
@@ -162,17 +156,14 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensors& fact
   const int64_t n = p.count, B = p.rows, R = p.ranks, O = p.width;
   Tensors made;
   std::vector<T*> grads(needs.size());
-  for (size_t k = 0; k < needs.size(); ++k) {
-    if (!needs[k]) continue;
-    const int64_t i = k % n;
-    const bool of_input = int64_t(k) < n, of_factor = !of_input && int64_t(k) < 2 * n;
-    const Shape shape = of_input              ? Shape{B, p.depth[i]}
-                        : of_factor           ? Shape{R, p.depth[i] + 1, O}
-                        : int64_t(k) == 2 * n ? Shape{R}
-                                              : Shape{O};
-    grads[k] = data<T>(made.emplace_back(empty(shape, scalar_type<T>)));
-  }
-  const Tensor grad = torch::stable::contiguous(grad_), tensor = torch::stable::contiguous(kept_);
+  const auto make = [&](int64_t k, const Shape& shape) {
+    if (needs[k]) grads[k] = data<T>(made.emplace_back(empty(shape, scalar_type<T>)));
+  };
+  for (int64_t i = 0; i < n; ++i) make(i, {B, p.depth[i]});
+  for (int64_t i = 0; i < n; ++i) make(n + i, {R, p.depth[i] + 1, O});
+  make(2 * n, {R});
+  make(2 * n + 1, {O});
+  const Tensor grad = as_contiguous(grad_), tensor = as_contiguous(kept_);
   const Kept<T> kept{data<T>(tensor), B, R, O};
   const auto needed = [&](int64_t i) { return needs[i] || needs[n + i]; };
 
@@ -258,23 +249,16 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensors& fact
   return made;
 }
 
-// The results in the inputs' dtype, which the kernels do not have for float16.
-template <class F>
-Tensors run_in(ScalarType type, const F& run) {
-  const Tensors made = by_type("lowrank_fusion: rank_weight", type, run);
-  return type == ScalarType::Half ? cast(made, type) : made;
-}
-
 Tensors lowrank_fusion(Tensors inputs, Tensors factors, Tensor rank_weight, Maybe bias, Maybe present,
                        bool save) {
-  return run_in(rank_weight.scalar_type(), [&](auto zero, auto to) {
+  return by_type("lowrank_fusion: rank_weight", rank_weight.scalar_type(), ALL, [&](auto zero, auto to) {
     return forward<decltype(zero)>(to(inputs), to(factors), to(rank_weight), to(bias), present, save);
   });
 }
 
 Tensors lowrank_fusion_backward(Tensor grad, Tensors inputs, Tensors factors, Tensor rank_weight,
                                 Maybe present, Tensor kept, std::vector<bool> needs) {
-  return run_in(rank_weight.scalar_type(), [&](auto zero, auto to) {
+  return by_type("lowrank_fusion: rank_weight", rank_weight.scalar_type(), ALL, [&](auto zero, auto to) {
     return backward<decltype(zero)>(to(grad), to(inputs), to(factors), to(rank_weight), present, to(kept),
                                     needs);
   });

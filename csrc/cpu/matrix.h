@@ -89,8 +89,10 @@ class Buffer {
     constexpr size_t LINE = 64;
     const size_t bytes = rows * columns * sizeof(T);
     if (bytes == 0) return;
-    void* memory;  // aligned_alloc wants whole lines, and what lies past the end would be allowed
+    // aligned_alloc would want whole lines, and AddressSanitizer would miss what is read past the end.
+    void* memory;
     if (posix_memalign(&memory, LINE, bytes)) throw std::bad_alloc();
+    in_huge_pages(memory, bytes);
     memory_.reset(static_cast<T*>(memory));
   }
   T* data() const { return memory_.get(); }

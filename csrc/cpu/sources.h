@@ -43,7 +43,7 @@ Rows<T> row_pointers(const Source<T>& s) {
   return out;
 }
 
-inline Shape broadcast(const std::vector<Tensor>& tensors) {  // of the leading dimensions; at least one
+inline Shape broadcast(const Tensors& tensors) {  // of the leading dimensions; at least one
   Shape lead(1, 1);
   for (const auto& t : tensors) {
     const auto sizes = t.sizes();
@@ -55,11 +55,12 @@ inline Shape broadcast(const std::vector<Tensor>& tensors) {  // of the leading 
   return lead;
 }
 
-// `t` with a dense last dimension: itself, or a copy.
-inline Tensor dense(const Tensor& t) {
-  return t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1
-             ? t
-             : torch::stable::contiguous(t);
+// [*lead, *last] as PyTorch has it: without leading dimensions where no tensor has any.
+inline Shape output_shape(const Tensors& tensors, const Shape& lead, std::initializer_list<int64_t> last) {
+  const auto has_none = [](const Tensor& t) { return t.dim() == 1; };
+  Shape out = std::all_of(tensors.begin(), tensors.end(), has_none) ? Shape() : lead;
+  out.insert(out.end(), last);
+  return out;
 }
 
 template <class T>

@@ -1,4 +1,4 @@
-// What the ops have in common: optional tensors, their memory, and the kernels on one row.
+// What the ops have in common: optional tensors, their memory and dtypes, and the kernels on one row.
 #pragma once
 
 #include <optional>
@@ -6,8 +6,6 @@
 
 #include "matrix.h"
 #include "simd/dispatch.h"
-
-MM_DISPATCH(mmfast_rows, const void*, mmfast::RowType)
 
 namespace mmfast {
 
@@ -23,10 +21,7 @@ constexpr RowType row_type = std::is_same_v<T, double>  ? RowType::f64
                              : std::is_same_v<T, float> ? RowType::f32
                                                         : RowType::bf16;
 
-template <class T>
-const RowKernels<T>& row_kernels() {
-  return *static_cast<const RowKernels<T>*>(mmfast_rows()(row_type<T>));
-}
+MM_KERNELS(row_kernels, RowKernels)
 
 template <class T>
 T* data(const Tensor& t) {
@@ -38,7 +33,49 @@ const T* data(const Maybe& t) {
   return t ? static_cast<const T*>(t->data_ptr()) : nullptr;
 }
 
-// float16 goes through float32 copies: CPU GEMMs in float16 run at a tenth of the speed.
+template <class T>
+Matrix<const T> matrix(const Tensor& t) {
+  return {data<T>(t), t.size(0), t.size(1), t.stride(0)};
+}
+
+// The elements of a tensor of at most three dimensions, or what stands for them where there is none. Where
+// they lie is asked once: data_ptr() and stride() are calls into another library, which look for errors.
+template <class T>
+class Elements {
+ public:
+  Elements(const Maybe& t, T otherwise) : data_(data<T>(t)), otherwise_(otherwise) {
+    for (int64_t d = 0; t && d < t->dim(); ++d) strides_[d] = t->stride(d);
+  }
+  T operator()(int64_t i, int64_t j = 0, int64_t k = 0) const {
+    return data_ ? data_[i * strides_[0] + j * strides_[1] + k * strides_[2]] : otherwise_;
+  }
+
+ private:
+  const T* data_;
+  T otherwise_;
+  int64_t strides_[3] = {};
+};
+
+// `t` itself, or a copy; torch's own goes through the dispatcher to find that out.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// `t` with a dense last dimension: itself, or a copy.
+inline Tensor dense(const Tensor& t) {
+  return t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1
+             ? t
+             : torch::stable::contiguous(t);
+}
+inline Maybe dense(const Maybe& t) { return t ? Maybe(dense(*t)) : t; }
+
+// A parameter's elements as wide as sums.
+template <class T, class A = typename wide<T>::type>
+std::vector<A> widened(const Tensor& t) {
+  std::vector<A> out(t.numel());
+  const Tensor flat = as_contiguous(t);
+  row_kernels<T>().widen(out.data(), data<T>(flat), out.size());
+  return out;
+}
+
 inline Tensor cast(const Tensor& t, ScalarType type) {
   return t.scalar_type() == ScalarType::Bool ? t : torch::stable::to(t, type);
 }
@@ -49,9 +86,13 @@ inline Tensors cast(const Tensors& ts, ScalarType type) {
   return out;
 }
 
-// Calls run(zero of the type, cast) for a dtype; `what` has it.
+constexpr size_t ALL = -1;
+
+// run(zero of the type, cast) for a dtype; `what` names the tensor that has it, for the error. float16, for
+// which there are no kernels, goes through float32 copies; then the first `narrow` of the results are cast
+// back: those which are not as wide as sums.
 template <class F>
-Tensors by_type(const char* what, ScalarType type, const F& run) {
+Tensors by_type(const char* what, ScalarType type, size_t narrow, const F& run) {
   const auto as_is = [](const auto& t) { return t; };
   switch (type) {
     case ScalarType::Float:
@@ -60,8 +101,11 @@ Tensors by_type(const char* what, ScalarType type, const F& run) {
       return run(double{}, as_is);
     case ScalarType::BFloat16:
       return run(bf16{}, as_is);
-    case ScalarType::Half:
-      return run(float{}, [](const auto& t) { return cast(t, ScalarType::Float); });
+    case ScalarType::Half: {
+      Tensors made = run(float{}, [](const auto& t) { return cast(t, ScalarType::Float); });
+      for (size_t i = 0; i < std::min(narrow, made.size()); ++i) made[i] = cast(made[i], type);
+      return made;
+    }
     default:
       STD_TORCH_CHECK(false, what, "'s dtype is not supported");
   }

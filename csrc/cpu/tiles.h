@@ -10,14 +10,9 @@
 #include "simd/tiles.h"
 #include "tensors.h"
 
-MM_DISPATCH(mmfast_tiles, const void*, mmfast::RowType)
-
 namespace mmfast {
 
-template <class T>
-const TileKernels<T>& tile_kernels() {
-  return *static_cast<const TileKernels<T>*>(mmfast_tiles()(row_type<T>));
-}
+MM_KERNELS(tile_kernels, TileKernels)
 
 inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -42,6 +37,10 @@ void take_turns(int64_t lines, int64_t of_line, int64_t cost, const F& worker) {
 
 // Reading or writing an element takes as long as this many multiplications.
 constexpr int64_t MEMORY = 16;
+
+// Rows so few that packing what they are multiplied with takes longer than it saves.
+template <class T>
+constexpr int64_t FEW = 16 * sizeof(T);
 
 // A pointer to each row of a matrix; in what follows a null pointer is a row that is not there.
 template <class T>
@@ -223,8 +222,7 @@ template <class T, class Begin, class End>
 void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vector<Term<T>>& terms,
                      Begin begin, End end) {
   using A = typename wide<T>::type;
-  constexpr int64_t FEW = 16 * sizeof(T);  // rows, for which packing takes longer than it saves
-  constexpr int64_t TILES = 8;             // of a task: its rows stay in a core's second cache
+  constexpr int64_t TILES = 8;  // of a task: its rows stay in a core's second cache
   const auto& kernels = tile_kernels<T>();
   const int64_t height = kernels.rows, width = kernels.columns;
   const Order order(rows, terms, height);
@@ -238,7 +236,7 @@ void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vec
   const int64_t cost = std::clamp(rows, MEMORY, TILES * height) * group * width * (depth + MEMORY);
 
   take_turns(parts(panels, group), blocks, cost, [&](auto take) {
-    Panels<T> right(terms, sums, group, rows <= FEW);
+    Panels<T> right(terms, sums, group, rows <= FEW<T>);
     Rows<T> ready(terms.size() * TILES * height);  // of the task, term by term
     const Buffer<T> memory(std::min(rows, TILES * height), centred);
     Sums<T> c[2];

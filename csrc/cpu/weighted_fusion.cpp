@@ -1,19 +1,21 @@
 // weighted_fusion on the CPU: sum over i of softmax(logits)_i x_i over the sources that a row has, each row
 // read and written once.
+#include "simd/weighted_fusion.h"
+
 #include <cmath>
 
 #include "box.h"
-#include "simd/mixture.h"
 #include "sources.h"
 
-MM_DISPATCH(mmfast_mixture, const void*, mmfast::RowType)
-
 namespace mmfast {
+
+MM_KERNELS(weighted_kernels, WeightedKernels)
+
 namespace {
 
 template <class T, class A = typename wide<T>::type>
 struct Problem {
-  const MixtureKernels<T>& kernels = *static_cast<const MixtureKernels<T>*>(mmfast_mixture()(row_type<T>));
+  const WeightedKernels<T>& kernels = weighted_kernels<T>();
   Tensors held;  // [*inputs, logits], or copies that were made for their strides
   Shape lead;
   int64_t count, rows, depth;
@@ -32,18 +34,11 @@ struct Problem {
       at.push_back(row_pointers(sources.back()));
     }
     depth = sources[0].depth;
-    for (int64_t k = 0; present_ && k < lead[0] * count; ++k)
-      present.push_back(
-          data<bool>(*present_)[k / count * present_->stride(0) + k % count * present_->stride(1)]);
+    const Elements<bool> there(present_, true);
+    for (int64_t k = 0; present_ && k < lead[0] * count; ++k) present.push_back(there(k / count, k % count));
   }
 
-  Shape shape(int64_t last) const {  // as PyTorch has it: possibly no leading dimension
-    Shape out;
-    for (const Tensor& t : held)
-      if (t.dim() > 1) out = lead;
-    out.push_back(last);
-    return out;
-  }
+  Shape shape(int64_t last) const { return output_shape(held, lead, {last}); }
   const T* row(int64_t i, int64_t r) const { return at[i][sources[i].row(r)]; }
 
   // The sources that a row has, how much each counts, and where its own row lies.
@@ -66,8 +61,7 @@ struct Problem {
         const char* const own_flags = present.empty() ? nullptr : &present[r / (rows / lead[0]) * count];
         if (own != logits || own_flags != flags) {
           logits = own, flags = own_flags;
-          std::fill(wide_logits.begin(), wide_logits.end(), A(0));
-          row_kernels<T>().accumulate(wide_logits.data(), 1, logits, count);
+          row_kernels<T>().widen(wide_logits.data(), logits, count);
           softmax(wide_logits, flags, mixture);
         }
         for (size_t k = 0; k < mixture.which.size(); ++k) mixture.x[k] = row(mixture.which[k], r);
@@ -104,7 +98,7 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensor& logit
                  const std::vector<bool>& needs) {
   using A = typename wide<T>::type;
   const Problem<T> p(inputs, logits, present);
-  const Tensor grad = torch::stable::contiguous(grad_);
+  const Tensor grad = as_contiguous(grad_);
   Tensors made;
   std::vector<T*> dx(p.count);
   for (int64_t i = 0; i < p.count; ++i)
@@ -133,20 +127,17 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensor& logit
 }
 
 Tensor weighted_fusion(Tensors inputs, Tensor logits, Maybe present) {
-  const ScalarType type = logits.scalar_type();
-  const Tensors made = by_type("weighted_fusion: logits", type, [&](auto zero, auto to) {
+  return by_type("weighted_fusion: logits", logits.scalar_type(), 1, [&](auto zero, auto to) {
     return forward<decltype(zero)>(to(inputs), to(logits), present);
-  });
-  return cast(made[0], type);
+  })[0];
 }
 
 Tensors weighted_fusion_backward(Tensor grad, Tensors inputs, Tensor logits, Maybe present,
                                  std::vector<bool> needs) {
-  Tensors made = by_type("weighted_fusion: logits", logits.scalar_type(), [&](auto zero, auto to) {
+  const size_t narrow = std::count(needs.begin(), needs.end() - 1, true);  // all but the logits' gradient
+  return by_type("weighted_fusion: logits", logits.scalar_type(), narrow, [&](auto zero, auto to) {
     return backward<decltype(zero)>(to(grad), to(inputs), to(logits), present, needs);
   });
-  for (size_t k = 0; k < made.size() - needs.back(); ++k) made[k] = cast(made[k], logits.scalar_type());
-  return made;
 }
 
 }  // namespace

@@ -1,17 +1,13 @@
-// See attention.h. No torch header and no linkage but MM_ENTRY: see dispatch.h.
+// See attention.h. No torch header and no linkage but MM_KERNELS_ENTRY: see dispatch.h.
 #include "attention.h"
 
 #include "exponentials.h"
-#include "tiles.h"
 
-using mmfast::AttentionKernels, mmfast::RowType;
+using mmfast::AttentionKernels;
 
 namespace {
 
 constexpr int KEYS = AttentionKernels<float>::KEYS;
-
-// 2^12 is far from overflow, and to rescale seldom is cheaper than to find each row's true maximum.
-constexpr int SLACK = 12;
 
 // Vector v of a tile's row, which goes on in the next panel.
 template <class T>
@@ -137,4 +133,4 @@ constexpr AttentionKernels<T> kernels = {lanes<T>, softmax<T>, softmax_backward<
 
 }  // namespace
 
-MM_KERNELS_ENTRY(mmfast_attention)
+MM_KERNELS_ENTRY(attention_kernels)

@@ -6,8 +6,8 @@
 
 namespace mmfast {
 
-// A row's logits for one block of keys, x = scale * s + bias in units of ln 2, with s as products leave it: a
-// panel's worth, then `stride` elements on the next panel's.
+// A row's logits for one block of keys, x = scale * s + bias in units of ln 2, with s as products leave it:
+// the row of one panel's tile, and a tile [rows, columns] further on that of the next.
 template <class T, class A = typename wide<T>::type>
 struct AttentionKernels {
   static constexpr int64_t KEYS = 64;  // of a block: whole panels in every instruction set

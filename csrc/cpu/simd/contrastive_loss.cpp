@@ -1,16 +1,13 @@
-// See contrastive_loss.h. No torch header and no linkage but MM_ENTRY: see dispatch.h.
+// See contrastive_loss.h. No torch header and no linkage but MM_KERNELS_ENTRY: see dispatch.h.
 #include "contrastive_loss.h"
 
 #include "exponentials.h"
 
-using mmfast::ContrastiveKernels, mmfast::RowType;
+using mmfast::ContrastiveKernels, mmfast::LOG2_E;
 
 namespace {
 
 constexpr int ROWS = TILE_ROWS, VECTORS = TILE_VECTORS;
-constexpr int SLACK = 12;  // by which a max may lag: to rescale seldom is cheaper than to know it
-template <class T>
-constexpr Acc<T> LOG2_E = Acc<T>(1.4426950408889634);
 
 template <class T>
 Vec<T> at(const Acc<T>* s, int64_t i, int v) {
@@ -28,8 +25,7 @@ Vec<T> logits(Vec<T> s, Acc<T> scale) {
 // Which lanes of vector v are column `own`.
 template <class T>
 auto is_own(int v, int64_t own) {
-  decltype(Vec<T>{} < Vec<T>{}) column;
-  for (int i = 0; i < lanes<T>; ++i) column[i] = v * lanes<T> + i;
+  const auto column = elements<T>(v);
   return column == static_cast<decltype(column[0] + 0)>(own);
 }
 // x, 0 in the columns that do not count.
@@ -112,8 +108,7 @@ void softmax(const Acc<T>* s, int64_t rows, int64_t columns, Acc<T> scale, int64
 template <class T>
 Vec<T> log1p(Vec<T> u) {
   if constexpr (sizeof(T) == 8) {
-    for (int i = 0; i < lanes<T>; ++i) u[i] = __builtin_log1p(u[i]);
-    return u;
+    return each(u, [](double v) { return __builtin_log1p(v); });
   } else {
     constexpr float fine[] = {1.f,           -0.499999017f, 0.333299637f,   -0.249541342f, 0.196759388f,
                               -0.153055921f, 0.106036551f,  -0.0569595322f, 0.0198514629f, -0.00324402517f};
@@ -127,12 +122,12 @@ Vec<T> log1p(Vec<T> u) {
 
 template <class T>
 Vec<T> softplus(Vec<T> x) {
-  return larger(Vec<T>{}, x) + log1p<T>(exp2<T>((x < 0 ? x : -x) * LOG2_E<T>));
+  return larger(Vec<T>{}, x) + log1p<T>(exp2<T>((x < 0 ? x : -x) * LOG2_E<Acc<T>>));
 }
 
 template <class T>
 Vec<T> sigmoid(Vec<T> x) {  // 2^126 is as good as infinity
-  return 1 / (1 + exp2<T>(-larger(Vec<T>{} - 126, x * LOG2_E<T>)));
+  return 1 / (1 + exp2<T>(-larger(Vec<T>{} - 126, x * LOG2_E<Acc<T>>)));
 }
 
 template <class T, bool WHOLE, bool OWN>
@@ -241,4 +236,4 @@ constexpr ContrastiveKernels<T> kernels = {lanes<T>, softmax<T>, sigmoid<T>, sof
 
 }  // namespace
 
-MM_KERNELS_ENTRY(mmfast_contrastive_loss)
+MM_KERNELS_ENTRY(contrastive_kernels)

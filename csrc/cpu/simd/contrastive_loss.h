@@ -7,7 +7,7 @@
 namespace mmfast {
 
 // Of a tile the first `rows` and `columns` count. Row i's own pair is in column own + i, if that is in the
-// tile.
+// tile. A softmax has its logits in units of ln 2: its scale holds the factor log2 e, a sigmoid's does not.
 template <class T, class A = typename wide<T>::type>
 struct ContrastiveKernels {
   int64_t lanes;  // of a vector of A
@@ -17,10 +17,10 @@ struct ContrastiveKernels {
                   A* column_max, A* column_sum);
   // The sum of softplus(x), x = scale * s + bias, and of softplus(-x) for the own pairs.
   A (*sigmoid)(const A* s, int64_t rows, int64_t columns, A scale, A bias, int64_t own);
-  // g [rows, stride] = factor * the slope of the loss in each logit x = scale * s: half of 2^(x - row_lse) +
-  // 2^(x - column_lse), less 1 for an own pair; sums[0] += the sum of slope * s, sums[1] += that of the
-  // slopes. An lse is the sum of two arrays: subtracted one after the other, they leave a weight near 1 its
-  // digits.
+  // g [rows, stride] = factor * the slope of the loss in each logit, which with x = scale * s is half of 2^(x
+  // - row_lse) + 2^(x - column_lse), less 1 for an own pair; sums[0] += the sum of slope * s, sums[1] += that
+  // of the slopes. An lse is the sum of two arrays: subtracted one after the other, they leave a weight near
+  // 1 its digits.
   void (*softmax_backward)(T* g, int64_t stride, const A* s, int64_t rows, int64_t columns, A scale,
                            const A* const* row_lse, const A* const* column_lse, int64_t own, A factor,
                            double* sums);

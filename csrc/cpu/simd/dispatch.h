@@ -1,11 +1,15 @@
 // Which compiled copy of csrc/cpu/simd/*.cpp runs. Included by baseline files only.
 //
-// Each simd file ends in one `extern "C"` entry, MM_ENTRY(name), compiled once per instruction set. In a
-// baseline file MM_DISPATCH(name, signature) declares all of them and defines name(), the copy for this
-// processor.
+// Each simd file ends in one `extern "C"` entry, MM_KERNELS_ENTRY(name), compiled once per instruction set.
+// In a baseline file, in namespace mmfast, MM_KERNELS(name, Kernels) declares all of them and defines
+// name<T>(), the Kernels<T> of the copy for this processor.
 #pragma once
 
+#include "rows.h"
+
 namespace mmfast {
+
+using KernelsEntry = const void*(RowType);
 
 enum class Isa { plain, avx2, avx512, avx512bf16 };
 
@@ -15,19 +19,15 @@ Isa isa();
 }  // namespace mmfast
 
 #ifdef MMFAST_HAS_avx2
-#define MM_DISPATCH(name, R, ...)                                                                           \
-  extern "C" {                                                                                              \
-  R name##_plain(__VA_ARGS__);                                                                              \
-  R name##_avx2(__VA_ARGS__);                                                                               \
-  R name##_avx512(__VA_ARGS__);                                                                             \
-  R name##_avx512bf16(__VA_ARGS__);                                                                         \
-  }                                                                                                         \
-  static inline auto name() {                                                                               \
-    decltype(&name##_plain) const copies[] = {name##_plain, name##_avx2, name##_avx512, name##_avx512bf16}; \
-    return copies[static_cast<int>(mmfast::isa())];                                                         \
-  }
+#define MM_COPIES(name) name##_plain, name##_avx2, name##_avx512, name##_avx512bf16
 #else
-#define MM_DISPATCH(name, R, ...)         \
-  extern "C" R name##_plain(__VA_ARGS__); \
-  static inline auto name() { return &name##_plain; }
+#define MM_COPIES(name) name##_plain
 #endif
+
+#define MM_KERNELS(name, Kernels)                                                         \
+  extern "C" KernelsEntry MM_COPIES(mmfast_##name);                                       \
+  template <class T>                                                                      \
+  const Kernels<T>& name() {                                                              \
+    static constexpr KernelsEntry* copies[] = {MM_COPIES(mmfast_##name)};                 \
+    return *static_cast<const Kernels<T>*>(copies[static_cast<int>(isa())](row_type<T>)); \
+  }

@@ -16,12 +16,11 @@ V larger(V x, V y) {
 }
 
 // 2^x = 2^n p(x - n), n the whole number below, and p the polynomial with p(0) = 1 that has the least
-// relative error: 2e-9, for bfloat16 9e-5. nan stays nan; below 2^-126 it stays there where AVX-512 is not.
+// relative error: 2e-9, for bfloat16 9e-5. nan stays nan. Without AVX-512 what is below 2^-126 becomes that.
 template <class T>
 Vec<T> exp2(Vec<T> x) {
   if constexpr (sizeof(T) == 8) {
-    for (int i = 0; i < lanes<T>; ++i) x[i] = __builtin_exp2(x[i]);
-    return x;
+    return each(x, [](double v) { return __builtin_exp2(v); });
   } else {
     constexpr float fine[] = {0.693147063f,   0.240229309f,   0.0554852821f,
                               0.00967545155f, 0.00124678458f, 0.000216129192f};
@@ -64,11 +63,21 @@ auto largest(V v) {
   return most;
 }
 
-// Which lanes of vector v of a row are among the first `count`.
+// By how much the maximum of an online softmax may lag: 2^12 is far from overflow, and to rescale seldom is
+// cheaper than to know the maximum.
+constexpr int SLACK = 12;
+
+// Which elements of a row the lanes of its vector v are.
 template <class T>
-auto among(int v, int64_t count) {
+auto elements(int v) {
   decltype(Vec<T>{} < Vec<T>{}) at;
   for (int i = 0; i < lanes<T>; ++i) at[i] = v * lanes<T> + i;
+  return at;
+}
+// Which lanes of vector v are among the first `count` elements.
+template <class T>
+auto among(int v, int64_t count) {
+  const auto at = elements<T>(v);
   return at < static_cast<decltype(at[0] + 0)>(count);
 }
 

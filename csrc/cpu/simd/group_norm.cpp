@@ -1,4 +1,4 @@
-// See group_norm.h. No torch header and no linkage but MM_ENTRY: see dispatch.h.
+// See group_norm.h. No torch header and no linkage but MM_KERNELS_ENTRY: see dispatch.h.
 #include "group_norm.h"
 
 #include "vectors.h"
@@ -100,4 +100,4 @@ constexpr NormKernels<T> kernels = {moments<T>, apply<T>, sums<T>, backward<T>};
 
 }  // namespace
 
-MM_KERNELS_ENTRY(mmfast_group_norm)
+MM_KERNELS_ENTRY(norm_kernels)

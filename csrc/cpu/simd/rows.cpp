@@ -1,4 +1,4 @@
-// Row kernels in the vectors of one instruction set. No torch header and no linkage but MM_ENTRY: see
+// Row kernels in the vectors of one instruction set. No torch header and no linkage but MM_KERNELS_ENTRY: see
 // dispatch.h.
 #include "rows.h"
 
@@ -27,11 +27,6 @@ Float exp(Float x) {
   return p * (Float)((half + 127) << 23) * (Float)((whole - half + 127) << 23);
 }
 
-template <class F>
-Double each(Double x, F f) {
-  for (unsigned i = 0; i < sizeof(Double) / sizeof(double); ++i) x[i] = f(x[i]);
-  return x;
-}
 Double exp(Double x) {
   return each(x, [](double v) { return __builtin_exp(v); });
 }
@@ -108,6 +103,11 @@ V slope(Activation activation, V x) {
 
 template <class T>
 void narrow(T* out, const Acc<T>* x, int64_t n) {
+  sweep<T>(n, [&](int64_t c, auto part) { store(out + c, load(x + c, part), part); });
+}
+
+template <class T>
+void widen(Acc<T>* out, const T* x, int64_t n) {
   sweep<T>(n, [&](int64_t c, auto part) { store(out + c, load(x + c, part), part); });
 }
 
@@ -253,9 +253,9 @@ void norm_weights(T* z, Acc<T>* dweight, const T* w, Acc<T> k, Acc<T> c, const T
 
 template <class T>
 constexpr RowKernels<T> kernels = {
-    narrow<T>,  accumulate<T>, dot<T>,       epilogue<T>,      epilogue_backward<T>,
-    moments<T>, normalize<T>,  norm_sums<T>, norm_backward<T>, norm_weights<T>};
+    narrow<T>,  widen<T>,     accumulate<T>, dot<T>,           epilogue<T>,    epilogue_backward<T>,
+    moments<T>, normalize<T>, norm_sums<T>,  norm_backward<T>, norm_weights<T>};
 
 }  // namespace
 
-MM_KERNELS_ENTRY(mmfast_rows)
+MM_KERNELS_ENTRY(row_kernels)

@@ -21,6 +21,10 @@ struct wide<double> {
   using type = double;
 };
 
+// Exponentials are made as powers of 2.
+template <class A>
+constexpr A LOG2_E = A(1.4426950408889634074L);
+
 enum class Activation : int { none, relu, gelu, silu, swiglu };
 enum class RowType : int { f32, f64, bf16 };
 
@@ -29,6 +33,7 @@ template <class T, class A = typename wide<T>::type>
 struct RowKernels {
   // out = x
   void (*narrow)(T* out, const A* x, int64_t n);
+  void (*widen)(A* out, const T* x, int64_t n);
   // sum += scale * x
   void (*accumulate)(A* sum, A scale, const T* x, int64_t n);
   A (*dot)(const T* x, const A* y, int64_t n);
@@ -53,20 +58,18 @@ struct RowKernels {
 
 }  // namespace mmfast
 
-// The name of a simd file's entry in the copy that is being compiled.
 #define MM_JOIN_(name, isa) name##_##isa
 #define MM_JOIN(name, isa) MM_JOIN_(name, isa)
-#define MM_ENTRY(name) MM_JOIN(name, MMFAST_ISA)
 
-// That entry: a pointer to kernels<T> for each type of row.
-#define MM_KERNELS_ENTRY(name)                                  \
-  extern "C" const void* MM_ENTRY(name)(mmfast::RowType type) { \
-    switch (type) {                                             \
-      case mmfast::RowType::f32:                                \
-        return &kernels<float>;                                 \
-      case mmfast::RowType::f64:                                \
-        return &kernels<double>;                                \
-      default:                                                  \
-        return &kernels<mmfast::bf16>;                          \
-    }                                                           \
+// A simd file's entry in the copy that is being compiled: a pointer to kernels<T> for each type of row.
+#define MM_KERNELS_ENTRY(name)                                                      \
+  extern "C" const void* MM_JOIN(mmfast_##name, MMFAST_ISA)(mmfast::RowType type) { \
+    switch (type) {                                                                 \
+      case mmfast::RowType::f32:                                                    \
+        return &kernels<float>;                                                     \
+      case mmfast::RowType::f64:                                                    \
+        return &kernels<double>;                                                    \
+      default:                                                                      \
+        return &kernels<mmfast::bf16>;                                              \
+    }                                                                               \
   }

@@ -1,9 +1,9 @@
-// See tiles.h. No torch header and no linkage but MM_ENTRY: see dispatch.h.
+// See tiles.h. No torch header and no linkage but MM_KERNELS_ENTRY: see dispatch.h.
 #include "tiles.h"
 
 #include "vectors.h"
 
-using mmfast::RowType, mmfast::TileKernels;
+using mmfast::TileKernels;
 
 namespace {
 
@@ -313,4 +313,4 @@ constexpr TileKernels<T> kernels = {
 
 }  // namespace
 
-MM_KERNELS_ENTRY(mmfast_tiles)
+MM_KERNELS_ENTRY(tile_kernels)

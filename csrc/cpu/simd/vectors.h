@@ -153,6 +153,13 @@ void sweep(int64_t n, F f) {
   if (c < n) f(c, Part{n - c});
 }
 
+// f of each lane, where there is no vector instruction for it
+template <class F>
+Double each(Double x, F f) {
+  for (int i = 0; i < lanes<double>; ++i) x[i] = f(x[i]);
+  return x;
+}
+
 template <class V>
 auto total(V v) {
   auto sum = v[0];

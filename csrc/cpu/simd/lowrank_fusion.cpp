@@ -1,9 +1,9 @@
-// See products.h. No torch header and no linkage but MM_ENTRY: see dispatch.h.
-#include "products.h"
+// See lowrank_fusion.h. No torch header and no linkage but MM_KERNELS_ENTRY: see dispatch.h.
+#include "lowrank_fusion.h"
 
 #include "vectors.h"
 
-using mmfast::ProductKernels;
+using mmfast::LowrankKernels;
 
 namespace {
 
@@ -39,8 +39,8 @@ Acc<T> backward(T* const* dfactors, Acc<T>* const* sums, const T* const* factors
 }
 
 template <class T>
-constexpr ProductKernels<T> kernels = {multiply<T>, backward<T>};
+constexpr LowrankKernels<T> kernels = {multiply<T>, backward<T>};
 
 }  // namespace
 
-MM_KERNELS_ENTRY(mmfast_products)
+MM_KERNELS_ENTRY(lowrank_kernels)

@@ -1,5 +1,5 @@
-// Kernels of lowrank_fusion on one row, as csrc/cpu/simd/products.cpp compiles them for each instruction set.
-// Types and pointers only: see rows.h.
+// Kernels of lowrank_fusion on one row, as csrc/cpu/simd/lowrank_fusion.cpp compiles them for each
+// instruction set. Types and pointers only: see rows.h.
 #pragma once
 
 #include "rows.h"
@@ -7,7 +7,7 @@
 namespace mmfast {
 
 template <class T, class A = typename wide<T>::type>
-struct ProductKernels {
+struct LowrankKernels {
   // product = factor if `first`, else product * factor;  kept = factor, unless null
   void (*multiply)(A* product, T* kept, const A* factor, bool first, int64_t n);
   // Of the product of `count` factors, with g = scale * grad: dfactors[i] = g * product of the others and

@@ -1,9 +1,9 @@
-// See mixture.h. No torch header and no linkage but MM_ENTRY: see dispatch.h.
-#include "mixture.h"
+// See weighted_fusion.h. No torch header and no linkage but MM_KERNELS_ENTRY: see dispatch.h.
+#include "weighted_fusion.h"
 
 #include "vectors.h"
 
-using mmfast::MixtureKernels;
+using mmfast::WeightedKernels;
 
 namespace {
 
@@ -28,8 +28,8 @@ Acc<T> backward(T* dx, Acc<T> weight, const T* grad, const T* x, int64_t n) {
 }
 
 template <class T>
-constexpr MixtureKernels<T> kernels = {mix<T>, backward<T>};
+constexpr WeightedKernels<T> kernels = {mix<T>, backward<T>};
 
 }  // namespace
 
-MM_KERNELS_ENTRY(mmfast_mixture)
+MM_KERNELS_ENTRY(weighted_kernels)

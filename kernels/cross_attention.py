@@ -27,6 +27,7 @@ from torch import Tensor
 from mmfast.kernels._attention import (
     EDGE,
     LOG2E,
+    bias_of_sources,
     depths,
     is_finite,
     load_rows,
@@ -274,7 +275,7 @@ def cross_attention(
     with on(query.device):
         forward_kernel[programs, splits](
             *parts, query, query.stride()[:3], sources,
-            *presence(present), source_bias, None if source_bias is None else source_bias.stride(), len(keys),
+            *presence(present), *bias_of_sources(source_bias), len(keys),
             query.shape[-1] ** -0.5 if scale is None else scale, queries, heads, heads // keys[0].shape[1],
             **depth, **options, SPLIT=splits > 1,
         )  # fmt: skip

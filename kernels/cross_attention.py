@@ -113,8 +113,10 @@ def attend(
         d = tl.arange(0, BLOCK_DV)
         for step in range(tl.where(spoilt > 0, last - first, 0)):
             k = first + step
-            seen = (k < end) & unmasked(mask, is_masked, k, k < last)  # [M]
-            row = tl.load(value + k.to(tl.int64) * value_stride + d, mask=d < VALUE_DEPTH, other=0.0)
+            seen, there = (k < end) & (k < last), d < VALUE_DEPTH  # [M], [Dv]
+            if mask is not None:
+                there &= unmasked(mask, is_masked, k, k < last)
+            row = tl.load(value + k.to(tl.int64) * value_stride + d, mask=there, other=0.0)
             acc = tl.where(seen[:, None] & (is_finite(row) == 0)[None, :], float("nan"), acc)
     return top, total, acc
 

@@ -29,7 +29,7 @@ class Source(NamedTuple):
     value: Tensor  # [B, Hkv, S, Dv], likewise
     key_strides: tuple[int, ...]
     value_strides: tuple[int, ...]
-    number: int  # its column of `present` and `source_bias`
+    number: int  # its column of `present` and `source_bias`, as `_odd` makes it
     packed: int  # size and flags, see `_packed`
     length: Tensor | None  # [B]; another source's where only others have one
     mask: Tensor | None  # [B, S] dense; likewise
@@ -37,11 +37,16 @@ class Source(NamedTuple):
     grad_value: Tensor | None = None
 
 
-def _packed(size: int, causal: bool, bounded: bool, masked: bool) -> int:
-    """Size and flags in one number that is odd and never 1: Triton would compile anew for 1 and for multiples
-    of 16, source by source, since within a tuple no number is exempt from that.
+def _odd(number: int) -> int:
+    """The number as one that is odd and never 1: Triton would compile anew for 1 and for multiples of 16,
+    source by source, since within a tuple no number is exempt from that.
     """
-    return size << 5 | causal << 4 | bounded << 3 | masked << 2 | 3
+    return number << 2 | 3
+
+
+def _packed(size: int, causal: bool, bounded: bool, masked: bool) -> int:
+    """Size and flags in one number."""
+    return _odd(size << 3 | causal << 2 | bounded << 1 | masked)
 
 
 def sources_of(
@@ -60,13 +65,13 @@ def sources_of(
     for i in chosen:
         key, value, length, mask = dense(keys[i]), dense(values[i]), lengths[i], masks[i]
         made.append(Source(
-            key, value, key.stride()[:3], value.stride()[:3], i,
+            key, value, key.stride()[:3], value.stride()[:3], _odd(i),
             _packed(key.shape[2], causal[i], length is not None, mask is not None),
             any_length if length is None else length.contiguous(),
             any_mask if mask is None else mask.contiguous(),
             *(grads[i] if grads else ()),
         ))  # fmt: skip
-    empty = made[0]._replace(number=0, packed=_packed(0, False, False, False))
+    empty = made[0]._replace(number=_odd(0), packed=_packed(0, False, False, False))
     return (*made, *[empty] * ((1 << (len(made) - 1).bit_length()) - len(made)))
 
 
@@ -78,6 +83,11 @@ def presence(present: Tensor | None) -> tuple[Tensor | None, int, int | None]:
         return None, 0, None
     present = present.contiguous()
     return present, present.stride(0), present.stride(1) if present.dim() == 3 else None
+
+
+def bias_of_sources(source_bias: Tensor | None) -> tuple[Tensor | None, tuple[int, ...] | None]:
+    """``source_bias`` [B, H, n] for a kernel, with its strides as ``_odd`` makes them."""
+    return source_bias, None if source_bias is None else tuple(map(_odd, source_bias.stride()))
 
 
 def tiles(m: int, n: int, num_warps: int, num_stages: int) -> Blocks:
@@ -124,6 +134,11 @@ def size_of(source):
 
 
 @triton.jit
+def number_of(source):
+    return source.number >> 2
+
+
+@triton.jit
 def limits(source, sample, queries, present, present_step, flag_step):
     """``(limit, lead)``: row l sees keys below ``min(limit, l + lead)``, as far as its own presence and the
     mask let it.
@@ -134,7 +149,7 @@ def limits(source, sample, queries, present, present_step, flag_step):
         length = tl.load(source.length + sample, mask=(source.packed & 8) != 0, other=size)
         limit = tl.minimum(tl.maximum(length, 0), size).to(tl.int32)
     if present is not None and flag_step is None:
-        flag = tl.load(present + sample.to(tl.int64) * present_step + source.number)
+        flag = tl.load(present + sample.to(tl.int64) * present_step + number_of(source))
         limit = tl.where(flag != 0, limit, 0)
     return limit, tl.where((source.packed & 16) != 0, size - queries + 1, size)
 
@@ -165,9 +180,9 @@ def bias_of(source_bias, strides, sample, head, number):
     if source_bias is not None:
         bias = tl.load(
             source_bias
-            + sample.to(tl.int64) * strides[0]
-            + head.to(tl.int64) * strides[1]
-            + number * strides[2]
+            + sample.to(tl.int64) * (strides[0] >> 2)
+            + head.to(tl.int64) * (strides[1] >> 2)
+            + number * (strides[2] >> 2)
         )
     return bias
 
@@ -177,10 +192,10 @@ def seen_of(source, sample, head, row, queries, present, present_step, flag_step
     """The bias of a source, and before the mask how many of its keys each row sees, all rows see, and the
     sample has.
     """
-    bias = bias_of(source_bias, bias_strides, sample, head, source.number)
+    bias = bias_of(source_bias, bias_strides, sample, head, number_of(source))
     most, lead = limits(source, sample, queries, present, present_step, flag_step)
     limit = tl.where(bias == float("-inf"), 0, most)
-    flags = flags_of(present, present_step, flag_step, sample, source.number)
+    flags = flags_of(present, present_step, flag_step, sample, number_of(source))
     end = ends_of(row, queries, limit, lead, flags, flag_step)  # [M]
     return bias, end, tl.min(tl.where(row < queries, end, limit), 0), most
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from mmfast.kernels._attention import (
     EDGE,
     LOG2E,
+    bias_of_sources,
     depths,
     is_finite,
     load_rows,
@@ -112,8 +113,10 @@ def attend(
         d = tl.arange(0, BLOCK_DV)
         for step in range(tl.where(spoilt > 0, last - first, 0)):
             k = first + step
-            seen = (k < end) & unmasked(mask, is_masked, k, k < last)  # [M]
-            row = tl.load(value + k.to(tl.int64) * value_stride + d, mask=d < VALUE_DEPTH, other=0.0)
+            seen, there = (k < end) & (k < last), d < VALUE_DEPTH  # [M], [Dv]
+            if mask is not None:
+                there &= unmasked(mask, is_masked, k, k < last)
+            row = tl.load(value + k.to(tl.int64) * value_stride + d, mask=there, other=0.0)
             acc = tl.where(seen[:, None] & (is_finite(row) == 0)[None, :], float("nan"), acc)
     return top, total, acc
 
@@ -274,7 +277,7 @@ def cross_attention(
     with on(query.device):
         forward_kernel[programs, splits](
             *parts, query, query.stride()[:3], sources,
-            *presence(present), source_bias, None if source_bias is None else source_bias.stride(), len(keys),
+            *presence(present), *bias_of_sources(source_bias), len(keys),
             query.shape[-1] ** -0.5 if scale is None else scale, queries, heads, heads // keys[0].shape[1],
             **depth, **options, SPLIT=splits > 1,
         )  # fmt: skip

@@ -17,12 +17,14 @@ from mmfast.kernels._attention import (
     EDGE,
     LOG2E,
     bias_of,
+    bias_of_sources,
     depths,
     ends_of,
     flags_of,
     is_finite,
     limits,
     load_rows,
+    number_of,
     presence,
     seen_of,
     share_of_tiles,
@@ -268,7 +270,7 @@ def grad_source_kernel(
         dense = (both.to(tl.int64)) * size_of(source)
         mine = block >= begin
         if i == 0:
-            packed, number, limit, lead, first = source.packed, source.number, limit_i, lead_i, begin
+            packed, number, limit, lead, first = source.packed, number_of(source), limit_i, lead_i, begin
             key_stride, value_stride = source.key_strides[2], source.value_strides[2]
             key = start_of(source.key, source.key_strides, sample, kv_head)
             value = start_of(source.value, source.value_strides, sample, kv_head)
@@ -279,7 +281,7 @@ def grad_source_kernel(
                 grad_value += dense * VALUE_DEPTH
         else:
             packed = tl.where(mine, source.packed, packed)
-            number = tl.where(mine, source.number, number)
+            number = tl.where(mine, number_of(source), number)
             limit, lead = tl.where(mine, limit_i, limit), tl.where(mine, lead_i, lead)
             first = tl.where(mine, begin, first)
             key_stride = tl.where(mine, source.key_strides[2], key_stride)
@@ -380,8 +382,7 @@ def cross_attention_backward(
     query, grad, out, lse = dense(query), dense(grad), dense(out), lse.contiguous()
     delta, alone = torch.empty_like(lse), torch.empty_like(lse, dtype=torch.bool)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    bias = source_bias, None if source_bias is None else source_bias.stride()
-    seen_by = (*presence(present), *bias)
+    seen_by = (*presence(present), *bias_of_sources(source_bias))
     with on(query.device):
         delta_kernel[(batch * heads * triton.cdiv(queries, 8),)](
             delta, alone, grad, grad.stride()[:3], out, out.stride()[:3],

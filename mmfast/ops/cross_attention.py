@@ -90,7 +90,7 @@ def cross_attention(
         ValueError: a shape, dtype or device does not fit, or the forced backend cannot run.
 
     On the CPU, copies are made of a tensor whose last dimension is not dense, and of everything in float16,
-    as float32.
+    as float32: whole ones, with what is hidden.
 
     The online softmax is that of Milakov and Gimelshein (2018), its tiling and backward those of Dao,
     FlashAttention-2 (2023).

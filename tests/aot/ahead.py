@@ -168,6 +168,7 @@ def cross_attention_cases(dtype):
     for depth in (64, 128, 256):
         yield f"depth {depth}, one source", lambda depth=depth: launch(depth, 1)
         yield f"depth {depth}, everything", lambda depth=depth: launch(depth, 4, **everything)
+        yield f"depth {depth}, everything, three sources", lambda depth=depth: launch(depth, 3, **everything)
     yield "depth 128, lengths and presence", lambda: launch(128, 4, lengths=True, present=2, bias=True)
     yield "depth 64, one source, split", lambda: launch(64, 1, split=True)
     yield "depth 128, everything, split", lambda: launch(128, 4, **everything, split=True)

@@ -53,6 +53,10 @@ def test_every_kernel_is_compiled_for_every_generation_and_precision(compiled):
             assert {c.kernel for c in compiled if (c.capability, c.kind) == (capability, kind)} == kernels
 
 
+def test_three_sources_run_the_kernels_of_four(compiled):
+    assert not [c for c in compiled if "three sources" in c.case]
+
+
 def test_no_kernel_spills_registers(compiled):
     assert {(c.kernel, c.case, c.capability, c.kind) for c in compiled if c.spilled} == ACCEPTED
 

@@ -1,5 +1,6 @@
 """The one measure that every op is held to, and the ways to run an op under it."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -38,6 +39,25 @@ def isas():
     return found
 
 
+@contextlib.contextmanager
+def instruction_set(name):
+    """Runs the CPU kernels in one."""
+    before = _native.isa()
+    try:
+        yield _native.isa(name)
+    finally:
+        _native.isa(before)
+
+
+@contextlib.contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    try:
+        yield torch.set_num_threads(count)
+    finally:
+        torch.set_num_threads(before)
+
+
 def compiled(function, backend="aot_eager"):
     """``function`` as one graph with dynamic shapes."""
     torch._dynamo.reset()
@@ -71,6 +91,19 @@ def run(function, arguments, seed=0):
         grads = torch.autograd.grad(out, [t for _, t in leaves], grad.to(out))
         results |= {f"gradient of {name}": g for (name, _), g in zip(leaves, grads, strict=True)}
     return results
+
+
+def same_bits(one, other):
+    """Whether two tensors, or all that two containers hold, agree in every bit: 0 and -0 do not."""
+
+    def raw(t):
+        return t.detach().contiguous().reshape(-1).view(torch.uint8)
+
+    (ours, layout), (theirs, its) = pytree.tree_flatten(one), pytree.tree_flatten(other)
+    return layout == its and all(
+        (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(raw(a), raw(b))
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def worst(t):

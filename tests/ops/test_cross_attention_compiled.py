@@ -1,6 +1,10 @@
 """cross_attention under torch.compile, and what its operators promise the compiler."""
 
+from functools import partial
+
 import pytest
+import test_cross_attention as suite
+import test_cross_attention_absence as absence
 import torch
 from check import cast, check, compiled, dtypes, run
 from hypothesis import given, settings
@@ -51,6 +55,25 @@ def test_compiled_what_is_hidden_cannot_reach_a_bit(name):
     check_hidden(op, torch.nan, torch.float32, name=name, present=2, masks=True, lengths=True)
 
 
+PROMISES = {
+    "of few queries": partial(suite.test_few_queries, queries=5),
+    "of a query that sees nothing": (absence.test_a_query_that_sees_nothing_gets_zero_and_gives_no_gradient),
+    "of visible nan": absence.test_visible_nan_propagates,
+    "of the gradients of visible nan": partial(
+        absence.test_visible_nan_propagates_to_the_gradients, part="value"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("promise", PROMISES.values(), ids=PROMISES)
+def test_the_promises_hold_compiled(monkeypatch, name, promise):
+    op = compiled(on(name))
+    for module in (suite, absence):
+        monkeypatch.setattr(module, "on", lambda name: op)
+    promise(name)
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_zero_rows_compiled(name):
     function = compiled(all_of(on(name)))
@@ -82,11 +105,15 @@ def test_opcheck(name, options):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_double_backward_is_refused(name):
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_double_backward_is_refused(name, how):
+    function, message = (
+        (on(name), "once_differentiable") if how == "eager" else (compiled(on(name)), "create_graph=False")
+    )
     arguments = cast(example_for(name), torch.float32)
-    out = on(name)(**arguments)
-    (grad,) = torch.autograd.grad(out.square().sum(), arguments["query"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    out = function(**arguments)
+    with pytest.raises(RuntimeError, match=message):
+        (grad,) = torch.autograd.grad(out.square().sum(), arguments["query"], create_graph=True)
         grad.sum().backward()
 
 

@@ -1,27 +1,27 @@
 """What only the C++ kernels of cross_attention promise: every instruction set, threads and memory."""
 
+import os
 import timeit
+from functools import partial
 
 import pytest
+import test_cross_attention as suite
+import test_cross_attention_absence as absence
 import torch
-from check import cast, check, isas, python, run
-from test_cross_attention import OPTIONS, all_of, example, on
-from test_cross_attention_absence import check_hidden
+from check import cast, check, instruction_set, python, run, same_bits, threads
+from test_cross_attention import ISAS, OPTIONS, all_of, example, on
 
-from mmfast import _native
 from mmfast.ops import available, cross_attention, reference
 
 pytestmark = pytest.mark.skipif(
     available("cross_attention", "cpu")["cpu"] != "ready", reason="the native CPU library is not there"
 )
-ISAS = isas() if _native.cpu else []
 
 
 @pytest.fixture
 def isa(request):
-    before = _native.isa()
-    yield _native.isa(request.param)
-    _native.isa(before)
+    with instruction_set(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
@@ -31,6 +31,50 @@ def test_every_instruction_set_is_as_exact(isa, options, queries):
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         arguments = example(queries=queries, sizes=(130, 1, 67), **OPTIONS[options])
         check(all_of(on("cpu")), all_of(reference.cross_attention), arguments, dtype, upstreams=4)
+
+
+PROMISES = {
+    "of head dims": lambda: [suite.test_any_head_dim("cpu", depth) for depth in (1, 3, 128, 256)],
+    "of what is hidden": partial(
+        absence.test_what_is_hidden_cannot_reach_a_bit, "cpu", -torch.inf, {"masks": True, "lengths": True}
+    ),
+    "of what a query does not see": partial(absence.test_what_a_query_does_not_see_cannot_reach_it, "cpu"),
+    "of what a head does not see": lambda: [
+        absence.test_what_a_head_does_not_see_cannot_reach_it("cpu", queries) for queries in (9, 40)
+    ],
+    "of a query that sees nothing": partial(
+        absence.test_a_query_that_sees_nothing_gets_zero_and_gives_no_gradient, "cpu"
+    ),
+    "of a query that sees one key": lambda: [
+        absence.test_a_query_that_sees_one_key_gets_no_gradient_from_its_weight("cpu", hidden_by)
+        for hidden_by in ("nothing", "lengths", "masks", "present", "causal", "bias")
+    ],
+    "of visible nan": partial(absence.test_visible_nan_propagates, "cpu"),
+    "of the gradients of visible nan": lambda: [
+        absence.test_visible_nan_propagates_to_the_gradients("cpu", part) for part in ("key", "value")
+    ],
+}
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("promise", PROMISES.values(), ids=PROMISES)
+def test_the_promises_hold_in_every_instruction_set(isa, promise):
+    promise()
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("step", [9, 40, -40, 200])
+def test_logits_may_rise_and_fall_from_block_to_block(isa, step):
+    """By more than a row's maximum may grow without a new scale, or than all numbers of the type span."""
+    for queries in (5, 70):
+        arguments = example(1, 2, queries, (200, 1, 130), kv_heads=1)
+        with torch.no_grad():
+            arguments["query"][..., 0] = arguments["query"].shape[-1] ** 0.5
+            for key, _ in arguments["sources"]:
+                rise = step * (torch.arange(key.shape[2]) // 64)
+                key[..., 0] += rise - rise.max()  # the largest in both sources: no gradient is next to 0
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            check(all_of(on("cpu")), all_of(reference.cross_attention), arguments, dtype, upstreams=4)
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
@@ -103,36 +147,35 @@ SPLIT = {
 }  # its keys are split among threads
 
 
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_hundred_runs_of_two_threads_give_the_same_bits(dtype):
+@pytest.mark.parametrize("count", [2, 2 * os.cpu_count() + 1], ids=["two", "more than there are cores"])
+def test_a_hundred_runs_of_several_threads_give_the_same_bits(isa, dtype, count):
     arguments = example(1, **SPLIT, lengths=True, masks=True, causal=True, bias=2)
     arguments = cast(arguments, dtype)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    first = run(all_of(on("cpu")), arguments)
-    for _ in range(99):
-        again = run(all_of(on("cpu")), arguments)
-        assert all(torch.equal(first[key], again[key]) for key in first)
-    torch.set_num_threads(before)
+    with threads(count):
+        first = run(all_of(on("cpu")), arguments)
+        assert all(same_bits(first, run(all_of(on("cpu")), arguments)) for _ in range(99))
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
-@pytest.mark.parametrize("queries", [9, 40])
+@pytest.mark.parametrize("queries", [8, 40])
 def test_what_is_hidden_cannot_reach_a_bit_in_any_instruction_set(isa, queries):
-    """Split keys too, and masks that leave a block of keys gathered from here and there."""
+    """Split keys too, in place or packed, and masks that leave a block of keys gathered from here and there."""
+    options = {"masks": True, "lengths": True, "bias": 3, "heads": 2, "kv_heads": 2}
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for value in (torch.nan, torch.inf):
-            options = {"queries": queries, "sizes": (1000, 1, 700), "masks": True, "lengths": True, "bias": 3}
-            check_hidden(on("cpu"), value, dtype, **options)
+            with threads(2):
+                absence.check_hidden(
+                    on("cpu"), value, dtype, queries=queries, sizes=(1000, 1, 700), **options
+                )
 
 
 def test_any_number_of_threads_is_as_exact():
     arguments = example(1, **SPLIT, lengths=True, masks=True, causal=True, bias=2)
-    before = torch.get_num_threads()
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        check(all_of(on("cpu")), all_of(reference.cross_attention), arguments, torch.float32)
-    torch.set_num_threads(before)
+    for count in (1, 2, 3):
+        with threads(count):
+            check(all_of(on("cpu")), all_of(reference.cross_attention), arguments, torch.float32)
 
 
 class _Attended(torch.utils.data.Dataset):
@@ -145,17 +188,15 @@ class _Attended(torch.utils.data.Dataset):
 
 def test_it_runs_forward_and_backward_in_the_forked_workers_of_a_data_loader():
     """The parent's threads exist already when its workers are forked; they do not come along."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a worker: how keys are split follows the number of threads
-    wanted = [_Attended()[n] for n in range(2)]
-    torch.set_num_threads(2)
-    _Attended()[0]
-    workers = torch.utils.data.DataLoader(
-        _Attended(), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60
-    )
-    for found, meant in zip(workers, wanted, strict=True):
-        assert all(torch.equal(found[key], meant[key]) for key in meant)
-    torch.set_num_threads(before)
+    with threads(1):  # as in a worker: how keys are split follows the number of threads
+        wanted = [_Attended()[n] for n in range(2)]
+    with threads(2):
+        _Attended()[0]
+        workers = torch.utils.data.DataLoader(
+            _Attended(), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60
+        )
+        for found, meant in zip(workers, wanted, strict=True):
+            assert all(torch.equal(found[key], meant[key]) for key in meant)
 
 
 THREADS = """
@@ -175,6 +216,43 @@ print(*(threads(count) - before for count in (1, 3)))
 def test_it_takes_as_many_threads_as_torch_is_set_to():
     alone, three = map(int, python(THREADS).split())
     assert alone == 0 and three == 2
+
+
+BUSY = """
+import os, time, torch
+from mmfast.ops import backend, cross_attention
+torch.set_num_threads(2)
+query = torch.randn(1, 1, QUERIES, 64, requires_grad=True)
+key, value = (torch.randn(1, 1, KEYS, 64, requires_grad=True) for _ in range(2))
+
+def times():  # of each thread, in nanoseconds on a core
+    tasks = "/proc/self/task/"
+    return {task: int(open(tasks + task + "/schedstat").read().split()[0]) for task in os.listdir(tasks)}
+
+def balance(work):
+    before, end = times(), time.monotonic() + 1
+    while time.monotonic() < end:
+        work()
+    spent = [0, *sorted(spent - before.get(task, 0) for task, spent in times().items())]
+    return spent[-2] / spent[-1]
+
+with backend("cpu"):
+    attend = lambda: cross_attention(query, [(key, value)])
+    out = attend().sum()
+    print(balance(attend))
+    print(balance(lambda: torch.autograd.grad(out, [query, key, value], retain_graph=True)))
+"""
+
+
+def balance(queries, keys):
+    """What the second busiest thread does for each second of the busiest one, forward and backward."""
+    code = f"QUERIES, KEYS = {queries}, {keys}{BUSY}"
+    return [float(share) for share in python(code, OMP_WAIT_POLICY="passive").split()]
+
+
+def test_the_keys_of_a_single_query_are_work_for_every_thread():
+    assert min(balance(1, 200_000)) > 0.3
+    assert max(balance(60, 400)) < 0.1, "a thread without work does none"
 
 
 @pytest.mark.memory
@@ -207,9 +285,10 @@ def step(queries, keys):  # peak, and the size of what the caller holds: inputs,
         x = torch.randn(2, rows, heads, 64, dtype=torch.DTYPE)
         return x.transpose(1, 2).requires_grad_()
     query, sources = random(QUERY_HEADS, queries), [(random(KEY_HEADS, keys), random(KEY_HEADS, keys)) for _ in range(4)]
-    inputs = [query, *(t for source in sources for t in source)]
+    bias = BIAS
+    inputs = [query, *(t for source in sources for t in source), *([] if bias is None else [bias])]
     with backend("BACKEND"):
-        out, stats = cross_attention(query, sources, VISIBLE return_stats=True)
+        out, stats = cross_attention(query, sources, VISIBLE source_bias=bias, return_stats=True)
     grads = [torch.randn_like(out), torch.randn_like(stats.lse)]
     gradients = torch.autograd.grad([out, stats.lse], inputs, grads)
     held = [*inputs, out, *stats, *grads, *gradients]
@@ -227,12 +306,20 @@ def peak(**what):
     return map(float, python(code).split())
 
 
+PLAIN = {"QUERY_HEADS": 8, "KEY_HEADS": 8, "VISIBLE": "", "BIAS": "None"}
 CASES = {
-    "float32": {"DTYPE": "float32", "QUERY_HEADS": 8, "KEY_HEADS": 8, "VISIBLE": ""},
+    "float32": {**PLAIN, "DTYPE": "float32"},
+    "float32, biased": {
+        **PLAIN,
+        "DTYPE": "float32",
+        "BIAS": "torch.randn(4, requires_grad=True)",
+        "QUERIES": 512,
+    },
+    "float64": {**PLAIN, "DTYPE": "float64", "QUERIES": 512},
     "bfloat16, grouped, masked": {
+        **PLAIN,
         "DTYPE": "bfloat16",
         "QUERY_HEADS": 16,
-        "KEY_HEADS": 8,
         "VISIBLE": "masks=[torch.rand(2, keys) > 0.3] * 4, causal=[True] * 4, ",
     },
 }
@@ -242,14 +329,14 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_forward_and_backward_hold_little_beside_inputs_outputs_and_gradients(case):
     """In float32 the keys of one source are 16 MiB: not even they are copied whole."""
-    used, held = peak(BACKEND="cpu", QUERIES=2048, KEYS=4096, **case)
+    used, held = peak(**{"BACKEND": "cpu", "QUERIES": 2048, "KEYS": 4096, **case})
     assert used < held + 14, (used, held)
 
 
 @pytest.mark.memory
 def test_few_key_heads_are_not_split_into_parts_that_fill_the_memory():
     """A part has dQ of all query heads, here 16 MiB."""
-    case = {"DTYPE": "float32", "QUERY_HEADS": 32, "KEY_HEADS": 1, "VISIBLE": ""}
+    case = {**PLAIN, "DTYPE": "float32", "QUERY_HEADS": 32, "KEY_HEADS": 1}
     used, held = peak(BACKEND="cpu", QUERIES=2048, KEYS=4096, **case)
     assert used < held + 64, (used, held)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from check import assert_promised, backends, cast, check, compiled, dtypes, isas, run
+from check import assert_promised, backends, cast, check, compiled, dtypes, isas, run, same_bits
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -278,7 +278,7 @@ def test_the_same_bits_every_time_and_with_any_number_of_threads(name):
         torch.set_num_threads(threads)
         results.append(run(on(name), arguments))
     torch.set_num_threads(before)
-    assert all(torch.equal(results[0][key], other[key]) for other in results for key in other)
+    assert all(same_bits(results[0], other) for other in results)
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -7,7 +7,7 @@ import pytest
 import test_cross_attention as suite
 import test_cross_attention_absence as absence
 import torch
-from check import cast, check, run
+from check import cast, check, run, same_bits
 
 if not torch.cuda.is_available():
     pytest.importorskip("triton")
@@ -75,7 +75,7 @@ def test_more_splits_than_are_combined_at_once_add_up_to_the_same_bits(splits):
     check(suite.all_of(ours), suite.all_of(reference.cross_attention), arguments, torch.float32)
     assert min(splits) > 16
     one, other = (run(suite.all_of(ours), cast(arguments, torch.float32)) for _ in range(2))
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert same_bits(one, other)
 
 
 def test_nobody_sees_anything(splits):
@@ -102,6 +102,24 @@ def test_splits_share_what_is_seen_and_not_what_is_hidden(splits, monkeypatch):
     arguments["lengths"] = [torch.tensor([16]), None, torch.tensor([50])]
     ours(**arguments)
     assert tops[0].shape == (6, 1, 1, 3) and (tops[0] > -torch.inf).all()
+
+
+def test_sixteen_sources_are_one_launch_each_way(monkeypatch):
+    """And a second one backward, for the queries; what comes before both is their ``delta``."""
+    launches = []
+
+    def counted(name, kernel):
+        class Counted:
+            def __getitem__(self, grid):
+                return lambda *args, **options: launches.append(name) or kernel[grid](*args, **options)
+
+        return Counted()
+
+    for module in (cross_attention, cross_attention_backward):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    run(suite.all_of(ours), cast(suite.example(1, 1, 3, (5,) * 16, kv_heads=1, bias=1), torch.float32))
+    assert launches == ["forward_kernel", "delta_kernel", "grad_query_kernel", "grad_source_kernel"]
 
 
 @pytest.mark.parametrize(

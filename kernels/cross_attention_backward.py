@@ -16,7 +16,6 @@ from torch import Tensor
 from mmfast.kernels._attention import (
     EDGE,
     LOG2E,
-    bias_of,
     bias_of_sources,
     depths,
     ends_of,
@@ -310,11 +309,19 @@ def grad_source_kernel(
         first_present, last_present = rows_with(flags, flag_step, queries, 256)
         first_row, last_row = tl.maximum(first_row, first_present), tl.minimum(last_row, last_present)
 
+    if source_bias is not None:  # that of the first head; to hold all strides would take too many registers
+        source_bias += (
+            sample.to(tl.int64) * (bias_strides[0] >> 2)
+            + (kv_head * group).to(tl.int64) * (bias_strides[1] >> 2)
+            + number * (bias_strides[2] >> 2)
+        )
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for reader in range(group):
         head = kv_head * group + reader
-        bias = bias_of(source_bias, bias_strides, sample, head, number)
+        bias = 0.0
+        if source_bias is not None:
+            bias = tl.load(source_bias + reader * (bias_strides[1] >> 2))
         row_of = (sample * kv_heads * group + head).to(tl.int64) * queries
         q_start = start_of(query, query_strides, sample, head)
         g_start = start_of(grad, grad_strides, sample, head)

@@ -28,7 +28,9 @@ def dtypes(backend):
 
 
 def isas():
-    """The instruction sets that this processor and this build have."""
+    """The instruction sets that this processor and this build have; none without the native library."""
+    if not _native.cpu:
+        return []
     found, before = [], _native.isa()
     for name in ISAS:
         try:

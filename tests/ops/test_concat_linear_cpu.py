@@ -17,14 +17,7 @@ from mmfast.ops import available, reference
 pytestmark = pytest.mark.skipif(
     available("concat_linear", "cpu")["cpu"] != "ready", reason="the native CPU library is not there"
 )
-ISAS = isas() if _native.cpu else []
-
-
-@pytest.fixture
-def isa(request):
-    before = _native.isa()
-    yield _native.isa(request.param)
-    _native.isa(before)
+ISAS = isas()
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)

@@ -6,20 +6,12 @@ import torch.nn.functional as F
 from check import cast, check, isas, python, same_bits
 from test_contrastive_loss import KINDS, MEANT, example, on, ours
 
-from mmfast import _native
 from mmfast.ops import available, reference
 
 pytestmark = pytest.mark.skipif(
     available("contrastive_loss", "cpu")["cpu"] != "ready", reason="the native CPU library is not there"
 )
-ISAS = isas() if _native.cpu else []
-
-
-@pytest.fixture
-def isa(request):
-    before = _native.isa()
-    yield _native.isa(request.param)
-    _native.isa(before)
+ISAS = isas()
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)

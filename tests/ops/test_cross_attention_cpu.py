@@ -8,7 +8,7 @@ import pytest
 import test_cross_attention as suite
 import test_cross_attention_absence as absence
 import torch
-from check import cast, check, instruction_set, python, run, same_bits, threads
+from check import cast, check, python, run, same_bits, threads
 from test_cross_attention import ISAS, OPTIONS, all_of, example, on
 
 from mmfast.ops import available, cross_attention, reference
@@ -16,12 +16,6 @@ from mmfast.ops import available, cross_attention, reference
 pytestmark = pytest.mark.skipif(
     available("cross_attention", "cpu")["cpu"] != "ready", reason="the native CPU library is not there"
 )
-
-
-@pytest.fixture
-def isa(request):
-    with instruction_set(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)

@@ -10,12 +10,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from mmfast import _native
 from mmfast.ops import backend, group_norm, native_calls, reference
 
 BACKENDS = backends("group_norm")
 KERNELS = [name for name in BACKENDS if name != "reference"]
-ISAS = isas() if _native.cpu else []
+ISAS = isas()
 LAYOUTS = ["contiguous", "channels_last"]
 OPTIONS = {
     "plain": {},
@@ -66,13 +65,6 @@ def on(name):
             return group_norm(**arguments)
 
     return op
-
-
-@pytest.fixture
-def isa(request):
-    before = _native.isa()
-    yield _native.isa(request.param)
-    _native.isa(before)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

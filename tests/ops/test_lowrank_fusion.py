@@ -7,12 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from mmfast import _native
 from mmfast.ops import backend, lowrank_fusion, native_calls, reference
 
 BACKENDS = backends("lowrank_fusion")
 KERNELS = [name for name in BACKENDS if name != "reference"]
-ISAS = isas() if _native.cpu else []
+ISAS = isas()
 OPTIONS = {"plain": {}, "no bias": {"bias": False}, "present": {"present": True}}
 
 
@@ -41,13 +40,6 @@ def on(name):
             return lowrank_fusion(**arguments)
 
     return op
-
-
-@pytest.fixture
-def isa(request):
-    before = _native.isa()
-    yield _native.isa(request.param)
-    _native.isa(before)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -185,15 +185,13 @@ def gradient_kernel(
                 y + column.to(tl.int64)[:, None] * y_stride + e[None, :], columns, e < features
             )  # [N, E]
             acc = tl.dot(slope.to(features_of.dtype), features_of, acc, input_precision=PRECISION)
-    # Where nothing is there the results are 0 whatever upstream is: that of loss / count may be infinite.
     if out is not None:
         at = out + row.to(tl.int64)[:, None] * features + e[None, :]
-        gradient = tl.where(rows[:, None], acc * (upstream * factor), 0.0)
-        tl.store(at, gradient, mask=(row < n)[:, None] & (e < features)[None, :])
+        tl.store(at, acc * (upstream * factor), mask=(row < n)[:, None] & (e < features)[None, :])
     if sums is not None:
         first_part = (row < n) & (tl.program_id(1) == 0)  # all parts of the features come to the same
-        tl.store(sums + row, tl.where(rows, weighted * upstream, 0.0), mask=first_part)
-        tl.store(sums + n + row, tl.where(rows, all * upstream, 0.0), mask=first_part)
+        tl.store(sums + row, weighted * upstream, mask=first_part)
+        tl.store(sums + n + row, all * upstream, mask=first_part)
 
 
 def _sides(a: Tensor, b: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -253,6 +251,10 @@ def contrastive_loss_backward(
                 present, n, features, SOFTMAX=kind == "softmax", **options,
             )  # fmt: skip
     made = [t for t in (d_a, d_b) if t is not None]
+    if present is not None:
+        # What is absent gets 0 whatever upstream is: that of loss / count may be infinite. The kernel would spill.
+        for rows in (*made, *([] if sums is None else [sums.t()])):
+            rows.masked_fill_(~present[:, None], 0)
     if sums is not None:
         scalars = sums.sum(1, dtype=torch.float64).to(sums.dtype)
         if kind == "softmax":

@@ -252,7 +252,7 @@ def contrastive_loss_backward(
             )  # fmt: skip
     made = [t for t in (d_a, d_b) if t is not None]
     if present is not None:
-        # What is absent gets 0 whatever upstream is: that of loss / count may be infinite. The kernel would spill.
+        # What is absent gets 0 whatever upstream is, even if infinite; the kernel would spill over it.
         for rows in (*made, *([] if sums is None else [sums.t()])):
             rows.masked_fill_(~present[:, None], 0)
     if sums is not None:

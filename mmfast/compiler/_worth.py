@@ -18,10 +18,10 @@ def slower(match: Match) -> str:
     if choose(match.op, device) == "reference":
         return f"no kernel of it is measured for {device.type}"
     dtype = str(match.dtype).removeprefix("torch.")
-    least = measured(match.op, device).get("compiler", {}).get(dtype)
-    if least is None:
+    least = measured(match.op, device).get("compiler", {}).get(dtype, {})
+    flops = least.get("ordinary" if match.ordinary else "flops")
+    if flops is None:
         return f"it is not measured in {dtype}"
-    flops = least.get("ordinary" if match.ordinary else "flops", math.inf)
     if match.flops >= flops or match.saved >= least.get("saved", math.inf):
         return ""
     return f"not faster: {match.flops:.2g} operations, {match.saved:.2g} of them saved"

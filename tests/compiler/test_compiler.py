@@ -363,6 +363,15 @@ def test_only_what_the_table_calls_faster_is_replaced(rows, replaced, why):
     assert [finding.replaced for finding in found] == [replaced] and why in found[0].why
 
 
+@needs_kernels
+def test_what_nobody_has_measured_is_left(monkeypatch):
+    monkeypatch.setattr("mmfast.compiler._worth.measured", lambda op, device: {"compiler": {}})
+    for name in ("sdpa", "clip"):
+        call, found, _ = rewritten(CASES[name].function, only_faster=True)
+        call(*[torch.randn(shape) for shape in CASES[name].shapes.values()])
+        assert [finding.why for finding in found] == ["it is not measured in float32"]
+
+
 def test_a_device_without_a_measured_kernel_keeps_its_model(monkeypatch):
     monkeypatch.setattr("mmfast.compiler._worth.choose", lambda op, device: "reference")
     call, found, _ = rewritten(CASES["sdpa"].function, only_faster=True)

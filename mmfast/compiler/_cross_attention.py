@@ -94,9 +94,7 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
         last=node,
         call=call,
         fused=frozenset((*found.passed, *key.passed, *values.passed)),
-        spared={}
-        if masks
-        else {cat: "the concatenation" for cat in (key.cat, values.cat) if cat is not None},
+        spared=spared(key, values, masks),
         dtype=node.meta["example_value"].dtype,
         flops=2.0 * batch * heads * queries * keys * (depth + hint(shape(found.value)[3])),
         saved=0.0,
@@ -286,6 +284,13 @@ def _masks(found: Attention, key: Streams) -> tuple[list[Any] | None, str]:
     if hidden:
         seen = Make(torch.logical_not, (seen,))
     return split_mask(seen, key.pieces, 2), ""
+
+
+def spared(key: Streams, values: Streams, masks: list[Any] | None) -> dict[Node, str]:
+    """What must go for the op to pay: nothing where it also spares the work of hidden keys."""
+    if masks:
+        return {}
+    return {cat: "the concatenation" for cat in (key.cat, values.cat) if cat is not None}
 
 
 def split_mask(seen: Make, pieces: list[Any], dim: int) -> list[Make]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from mmfast.compiler._cross_attention import split_mask, streams
+from mmfast.compiler._cross_attention import spared, split_mask, streams
 from mmfast.compiler._graph import Body, Make, argument, hint, name, number, same, shape, value
 from mmfast.compiler._match import Left, Match, unsound
 from mmfast.ops import cross_attention
@@ -24,7 +24,9 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
         return None
     given: dict[str, Any] = SIGNATURE.bind(*layer.args, **layer.kwargs).arguments
     query, padding = given["query"], given.get("key_padding_mask")
-    if value(query) is None or len(shape(query)) != 3:  # [L, B, E]
+    if any(
+        value(given[t]) is None or len(shape(given[t])) != 3 for t in ("query", "key", "value")
+    ):  # [L, B, E]
         return None
     key, values = streams(given["key"], 0), streams(given["value"], 0)
     hidden, passed = (None, list[Node]()) if padding is None else _hidden(padding)
@@ -58,9 +60,7 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
         last=node,
         call=Make(F.linear, (by_rows, given["out_proj_weight"], given["out_proj_bias"])),
         fused=frozenset((node, layer, *passed, *key.passed, *values.passed)),
-        spared={}
-        if masks
-        else {cat: "the concatenation" for cat in (key.cat, values.cat) if cat is not None},
+        spared=spared(key, values, masks),
         dtype=node.meta["example_value"].dtype,
         flops=4.0 * batch * queries * hint(shape(given["key"])[0]) * features,
         saved=0.0,

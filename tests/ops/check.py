@@ -42,22 +42,20 @@ def isas():
 
 
 @contextlib.contextmanager
+def _put_back(before, put, other):
+    try:
+        yield put(other)
+    finally:
+        put(before)
+
+
 def instruction_set(name):
     """Runs the CPU kernels in one."""
-    before = _native.isa()
-    try:
-        yield _native.isa(name)
-    finally:
-        _native.isa(before)
+    return _put_back(_native.isa(), _native.isa, name)
 
 
-@contextlib.contextmanager
 def threads(count):
-    before = torch.get_num_threads()
-    try:
-        yield torch.set_num_threads(count)
-    finally:
-        torch.set_num_threads(before)
+    return _put_back(torch.get_num_threads(), torch.set_num_threads, count)
 
 
 def compiled(function, backend="aot_eager"):

@@ -179,62 +179,78 @@ Tensors sigmoid_loss(const Pairs<T>& pairs, A scale, A bias) {
   return {loss};
 }
 
-// The gradient of one side: its rows of sums lie in the gradient itself where whole tiles fit into it.
+// The gradient of one side, in which its rows are added up as wide as sums are: where the gradient is
+// narrower, it holds the upper half of each sum's bits, and `lower_` the other.
 template <class T, class A = typename wide<T>::type>
 class Gradient {
  public:
+  static constexpr bool HALVES = !std::is_same_v<T, A>;
+
   Gradient(const Pairs<T>& pairs, bool needed)
       : needed_(needed),
-        width_(parts(pairs.depth, Right<T>::width()) * Right<T>::width()),
-        in_place_(std::is_same_v<T, A> && width_ == pairs.depth),
-        sums_(needed && !in_place_ ? pairs.count : 0, width_),
+        depth_(pairs.depth),
+        lower_(needed && HALVES ? pairs.count : 0, pairs.depth),
         rows_(needed ? pairs.count : 0) {
     if (!needed) return;
     made_.emplace(empty({pairs.samples, pairs.depth}, scalar_type<T>));
-    clear(data<T>(*made_), pairs.samples, pairs.depth);
-    if (!in_place_) clear(sums_.data(), pairs.count, width_);
-    for (int64_t i = 0; i < pairs.count; ++i)
-      rows_[i] = in_place_ ? data<A>(*made_) + pairs.sample[i] * pairs.depth : sums_.row(i);
+    clear(data<T>(*made_), pairs.samples);
+    if (HALVES) clear(lower_.data(), pairs.count);
+    for (int64_t i = 0; i < pairs.count; ++i) rows_[i] = data<T>(*made_) + pairs.sample[i] * pairs.depth;
   }
 
   bool needed() const { return needed_; }
-  int64_t panels() const { return width_ / Right<T>::width(); }
+  int64_t panels() const { return parts(depth_, Right<T>::width()); }
   // Rows first ... first + count take on left @ right, for columns of panel p.
   void add(int64_t first, int64_t count, int64_t p, const T* const* left, int64_t step, const char* right,
            int64_t depth) const {
+    constexpr int64_t MOST_ROWS = TileKernels<T>::MOST_ROWS;
     const auto& k = tile_kernels<T>();
-    const A* start[TileKernels<T>::MOST_ROWS];
-    alignas(64) A c[TileKernels<T>::MOST_ROWS * TileKernels<T>::MOST_COLUMNS];
-    for (int64_t i = 0; i < k.rows; ++i) {
-      start[i] = rows_[first + std::min(i, count - 1)] + p * k.columns;
-      fetch_to_write(start[i], k.columns);
+    const int64_t column = p * k.columns, used = std::min(k.columns, depth_ - column);
+    alignas(64) A c[MOST_ROWS * TileKernels<T>::MOST_COLUMNS];
+    const A* start[MOST_ROWS];
+    std::fill_n(start, k.rows, Sums<T>::zeros);
+    T* to[MOST_ROWS];
+    for (int64_t i = 0; i < count; ++i) fetch_to_write(to[i] = rows_[first + i] + column, used);
+    if constexpr (HALVES) {
+      uint16_t* lower[MOST_ROWS];
+      for (int64_t i = 0; i < count; ++i) fetch_to_write(lower[i] = lower_.row(first + i) + column, used);
+      k.multiply(c, start, left, step, right, depth);
+      contrastive_kernels<T>().add_to_halves(to, lower, c, count, used);
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        start[i] = to[i];
+        if (used == k.columns) continue;  // else a whole tile's width cannot be read there
+        start[i] = c + i * k.columns;
+        std::fill_n(std::copy_n(to[i], used, c + i * k.columns), k.columns - used, A(0));
+      }
+      k.multiply(c, start, left, step, right, depth);
+      for (int64_t i = 0; i < count; ++i) std::copy_n(c + i * k.columns, used, to[i]);
     }
-    k.multiply(c, start, left, step, right, depth);
-    for (int64_t i = 0; i < count; ++i)
-      std::copy_n(c + i * k.columns, k.columns, rows_[first + i] + p * k.columns);
   }
-  Tensor finish(const Pairs<T>& pairs) const {
-    if (!in_place_)
-      parallel_rows(pairs.count, pairs.depth, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i)
-          row_kernels<T>().narrow(data<T>(*made_) + pairs.sample[i] * pairs.depth, rows_[i], pairs.depth);
+  Tensor finish() const {
+    if constexpr (HALVES)
+      parallel_rows(rows_.size(), depth_, [&](int64_t begin, int64_t end) {
+        const Buffer<A> sums(1, depth_);
+        for (int64_t i = begin; i < end; ++i) {
+          contrastive_kernels<T>().join_halves(sums.data(), rows_[i], lower_.row(i), depth_);
+          row_kernels<T>().narrow(rows_[i], sums.data(), depth_);
+        }
       });
     return *made_;
   }
 
  private:
   template <class X>
-  static void clear(X* to, int64_t rows, int64_t width) {
-    parallel_rows(rows, width, [&](int64_t begin, int64_t end) {
-      std::fill_n(to + begin * width, (end - begin) * width, X{});
+  void clear(X* to, int64_t rows) {
+    parallel_rows(rows, depth_, [&](int64_t begin, int64_t end) {
+      std::fill_n(to + begin * depth_, (end - begin) * depth_, X{});
     });
   }
 
   bool needed_;
-  int64_t width_;
-  bool in_place_;
-  Buffer<A> sums_;
-  std::vector<A*> rows_;
+  int64_t depth_;
+  Buffer<uint16_t> lower_;
+  std::vector<T*> rows_;
   Maybe made_;
 };
 
@@ -347,8 +363,8 @@ Tensors backward(const Pairs<T>& pairs, bool softmax, A grad, A scale, A bias, c
     });
 
   Tensors made;
-  if (needs[0]) made.push_back(d_a.finish(pairs));
-  if (needs[1]) made.push_back(d_b.finish(pairs));
+  if (needs[0]) made.push_back(d_a.finish());
+  if (needs[1]) made.push_back(d_b.finish());
   double weighted = 0, all = 0;
   for (const auto& s : sums) weighted += s[0], all += s[1];
   const auto put = [&](double x) { *data<A>(made.emplace_back(empty({}, scalar_type<A>))) = x; };

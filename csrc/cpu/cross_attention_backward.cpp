@@ -17,11 +17,15 @@ struct Needs {
         value(needs.begin() + 1 + n, needs.begin() + 1 + 2 * n) {}
 };
 
-// Where the gradients go; [B, Hkv, S, features] and dense.
+// Where the gradients go; [B, Hkv, S, features] and dense. A pointer is null where none is asked for.
 template <class T>
 struct Gradients {
+  struct OfSource {
+    T* data;
+    bool zero;  // is what nobody sees already
+  };
   T* query = nullptr;
-  std::vector<T*> key, value;
+  std::vector<OfSource> key, value;
 };
 
 // Blocks from ... until of the keys of one head's sample.
@@ -126,9 +130,9 @@ class Worker {
       const int64_t head = (task.b * a_.kv_heads + task.kv_head) * a_.key[p->source].rows;
       for (int64_t j = p->from; j < p->until; ++j) {
         const int64_t to = head + a_.of(task.b, p->source).place(p->first + j - p->from);
-        if (needs_.key[p->source]) d_key_.put(out_.key[p->source] + to * a_.depth, j, a_.scale, a_.depth);
-        if (needs_.value[p->source])
-          d_value_.put(out_.value[p->source] + to * a_.value_depth, j, 1, a_.value_depth);
+        if (T* const key = out_.key[p->source].data) d_key_.put(key + to * a_.depth, j, a_.scale, a_.depth);
+        if (T* const value = out_.value[p->source].data)
+          d_value_.put(value + to * a_.value_depth, j, 1, a_.value_depth);
       }
     }
   }
@@ -191,17 +195,19 @@ class Worker {
 
 // Keys and values that no query of their sample sees have gradient 0.
 template <class T>
-void clear_hidden(const Attention<T>& a, const Needs& needs, const Gradients<T>& out) {
+void clear_hidden(const Attention<T>& a, const Gradients<T>& out) {
   const int64_t heads = a.batch * a.kv_heads;
   parallel_rows(heads, (a.depth + a.value_depth) * 256, [&](int64_t from, int64_t until) {
     for (int64_t h = from; h < until; ++h)
       for (int64_t i = 0; i < a.sources; ++i) {
         const Keys& k = a.of(h / a.kv_heads, i);
         const int64_t size = a.key[i].rows;
+        const auto clear_of = [&](const auto& to, int64_t s, int64_t end, int64_t width) {
+          if (to.data && !to.zero) std::fill_n(to.data + (h * size + s) * width, (end - s) * width, T{});
+        };
         const auto clear = [&](int64_t s, int64_t end) {
-          if (needs.key[i]) std::fill_n(out.key[i] + (h * size + s) * a.depth, (end - s) * a.depth, T{});
-          if (needs.value[i])
-            std::fill_n(out.value[i] + (h * size + s) * a.value_depth, (end - s) * a.value_depth, T{});
+          clear_of(out.key[i], s, end, a.depth);
+          clear_of(out.value[i], s, end, a.value_depth);
         };
         int64_t next = 0;
         for (const int64_t s : k.at) clear(next, s), next = s + 1;
@@ -257,17 +263,22 @@ Tensors backward(const Attention<T>& a, const Tensor& grad_, const Maybe& grad_l
 
   Tensors made;
   Gradients<T> to;
-  const auto make = [&](bool needed, const Shape& shape) -> T* {
-    return needed ? data<T>(made.emplace_back(empty(shape, scalar_type<T>))) : nullptr;
+  const auto keep = [&](const Tensor& t) { return data<T>(made.emplace_back(t)); };
+  if (needs.query) to.query = keep(empty({a.batch, a.heads, a.queries, a.depth}, scalar_type<T>));
+  const auto make = [&](int64_t i, bool needed, int64_t width) -> typename Gradients<T>::OfSource {
+    if (!needed) return {nullptr, false};
+    const Shape shape{a.batch, a.kv_heads, a.key[i].rows, width};
+    int64_t seen = 0;
+    for (int64_t b = 0; b < a.batch; ++b) seen += a.of(b, i).count;
+    if (2 * seen < a.batch * a.key[i].rows)
+      if (const auto zeros = untouched_zeros<T>(shape)) return {keep(*zeros), true};
+    return {keep(empty(shape, scalar_type<T>)), false};
   };
-  to.query = make(needs.query, {a.batch, a.heads, a.queries, a.depth});
-  for (int64_t i = 0; i < a.sources; ++i)
-    to.key.push_back(make(needs.key[i], {a.batch, a.kv_heads, a.key[i].rows, a.depth}));
-  for (int64_t i = 0; i < a.sources; ++i)
-    to.value.push_back(make(needs.value[i], {a.batch, a.kv_heads, a.key[i].rows, a.value_depth}));
+  for (int64_t i = 0; i < a.sources; ++i) to.key.push_back(make(i, needs.key[i], a.depth));
+  for (int64_t i = 0; i < a.sources; ++i) to.value.push_back(make(i, needs.value[i], a.value_depth));
   A* const d_bias =
       needs.bias ? data<A>(made.emplace_back(empty({a.batch, a.heads, a.sources}, scalar_type<A>))) : nullptr;
-  clear_hidden(a, needs, to);
+  clear_hidden(a, to);
 
   // One task a head, or where that leaves threads without, several that share its keys: their dQ are added
   // up, as long as there is memory for them.

@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -21,6 +22,7 @@
 
 namespace mmfast {
 
+using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Shape = std::vector<int64_t>;
@@ -58,11 +60,33 @@ inline Tensor empty(const Shape& shape, const Shape& strides, ScalarType type) {
   return made;
 }
 
-inline Tensor empty(const Shape& shape, ScalarType type) {
+inline Shape contiguous_strides(const Shape& shape) {
   Shape strides(shape.size());
   int64_t stride = 1;
   for (size_t d = shape.size(); d-- > 0; stride *= std::max<int64_t>(shape[d], 1)) strides[d] = stride;
-  return empty(shape, strides, type);
+  return strides;
+}
+
+inline Tensor empty(const Shape& shape, ScalarType type) {
+  return empty(shape, contiguous_strides(shape), type);
+}
+
+// Zeros that take neither time nor memory until they are touched, a small page at a time: the system's pages
+// begin so. None where the system is another, or the tensor has few of them.
+template <class T>
+std::optional<Tensor> untouched_zeros(const Shape& shape) {
+#ifdef __linux__
+  constexpr size_t LEAST = 1 << 20;
+  const size_t bytes = product(shape) * sizeof(T);
+  if (bytes < LEAST) return {};
+  void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  madvise(memory, bytes, MADV_NOHUGEPAGE);
+  return torch::stable::from_blob(memory, shape, contiguous_strides(shape), {DeviceType::CPU}, scalar_type<T>,
+                                  [bytes](void* block) { munmap(block, bytes); });
+#else
+  return {};
+#endif
 }
 
 template <class T>

@@ -335,6 +335,16 @@ def test_forward_and_backward_hold_little_beside_inputs_outputs_and_gradients(ca
 
 
 @pytest.mark.memory
+@pytest.mark.parametrize("lengths, seen", [("keys // 8", 1 / 8), ("keys", 1)])
+def test_gradients_of_hidden_keys_hold_no_memory(lengths, seen):
+    """Those of keys and values are 128 MiB; of what nobody sees, pages are made when somebody reads them."""
+    hides = f"lengths=[torch.full((2,), {lengths})] * 4, "
+    case = {**PLAIN, "DTYPE": "float32", "VISIBLE": hides}
+    used, held = peak(BACKEND="cpu", QUERIES=512, KEYS=4096, **case)
+    assert abs(used - (held - 128 * (1 - seen))) < 14, (used, held)
+
+
+@pytest.mark.memory
 def test_few_key_heads_are_not_split_into_parts_that_fill_the_memory():
     """A part has dQ of all query heads, here 16 MiB."""
     case = {**PLAIN, "DTYPE": "float32", "QUERY_HEADS": 32, "KEY_HEADS": 1}

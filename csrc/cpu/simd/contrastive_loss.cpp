@@ -230,9 +230,32 @@ void sigmoid_backward(T* g, int64_t stride, const Acc<T>* s, int64_t rows, int64
   of(g, stride, s, rows, columns, scale, bias, own, factor, sums);
 }
 
+void add_to_halves(bf16* const* upper, uint16_t* const* lower, const float* more, int64_t rows,
+                   int64_t columns) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* __restrict const x = more + i * COLUMNS<bf16>;
+    bf16* __restrict const high = upper[i];
+    uint16_t* __restrict const low = lower[i];
+    for (int64_t c = 0; c < columns; ++c) {
+      const float sum = __builtin_bit_cast(float, high[c].bits << 16 | low[c]) + x[c];
+      const auto bits = __builtin_bit_cast(uint32_t, sum);
+      high[c].bits = bits >> 16;
+      low[c] = bits;
+    }
+  }
+}
+
+void join_halves(float* to, const bf16* upper, const uint16_t* lower, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = __builtin_bit_cast(float, upper[i].bits << 16 | lower[i]);
+}
+
 template <class T>
-constexpr ContrastiveKernels<T> kernels = {lanes<T>, softmax<T>, sigmoid<T>, softmax_backward<T>,
-                                           sigmoid_backward<T>};
+constexpr ContrastiveKernels<T> kernels = {
+    lanes<T>, softmax<T>, sigmoid<T>, softmax_backward<T>, sigmoid_backward<T>, nullptr, nullptr};
+template <>
+constexpr ContrastiveKernels<bf16> kernels<bf16> = {
+    lanes<bf16>,   softmax<bf16>, sigmoid<bf16>, softmax_backward<bf16>, sigmoid_backward<bf16>,
+    add_to_halves, join_halves};
 
 }  // namespace
 

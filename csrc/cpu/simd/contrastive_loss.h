@@ -27,6 +27,11 @@ struct ContrastiveKernels {
   // The same for the loss of `sigmoid`.
   void (*sigmoid_backward)(T* g, int64_t stride, const A* s, int64_t rows, int64_t columns, A scale, A bias,
                            int64_t own, A factor, double* sums);
+  // For sums of which the upper half of the bits lies in T: those of [rows, columns] += more, a tile; and n
+  // of them joined. Null where T holds all.
+  void (*add_to_halves)(T* const* upper, uint16_t* const* lower, const A* more, int64_t rows,
+                        int64_t columns);
+  void (*join_halves)(A* to, const T* upper, const uint16_t* lower, int64_t n);
 };
 
 }  // namespace mmfast

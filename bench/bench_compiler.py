@@ -267,7 +267,7 @@ CASES = {
     "image-prompt adapter": Case(
         PromptAdapter, _inputs(_randn(2, 1024, 320), _randn(2, 77, 768), _randn(2, 4, 768))
     ),
-    "CLIP-type pair": Case(ImageTextPair, _inputs(_randn(4096, 1024), _randn(4096, 768))),
+    "CLIP-type pair": Case(ImageTextPair, _inputs(_randn(8192, 1024), _randn(8192, 768))),
     "multiplicative interactions": Case(
         MultiplicativeInteractions, _inputs(_randn(256, 128), _randn(256, 64), _randn(256, 300))
     ),

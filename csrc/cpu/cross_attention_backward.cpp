@@ -270,7 +270,7 @@ Tensors backward(const Attention<T>& a, const Tensor& grad_, const Maybe& grad_l
     const Shape shape{a.batch, a.kv_heads, a.key[i].rows, width};
     int64_t seen = 0;
     for (int64_t b = 0; b < a.batch; ++b) seen += a.of(b, i).count;
-    if (2 * seen < a.batch * a.key[i].rows)
+    if (8 * seen <= a.batch * a.key[i].rows)  // to make more small pages takes longer than to write zeros
       if (const auto zeros = untouched_zeros<T>(shape)) return {keep(*zeros), true};
     return {keep(empty(shape, scalar_type<T>)), false};
   };

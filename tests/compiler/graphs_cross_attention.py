@@ -264,6 +264,12 @@ def a_layer_without_biases(q, one, two, **weights):
     return by_function(q, keys, keys, packed, None, out, None) + bias + weights["in_proj_bias"].sum()
 
 
+@case({"q": (4, 8), "one": (5, 8), "two": (6, 8)} | MULTIHEAD)
+def a_layer_over_one_sample(q, one, two, **weights):
+    keys = torch.cat([one, two])
+    return by_function(q, keys, keys, *weights.values())
+
+
 @case(WORDS | MULTIHEAD, leaves=("attention weights are used",))
 def a_layer_whose_weights_are_wanted(q, one, two, **weights):
     keys = torch.cat([one, two], 1)

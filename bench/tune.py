@@ -28,8 +28,14 @@ from mmfast.ops._backend import READY, TABLE
 
 Blocks = dict[str, int]
 TABLE_FILE = Path(ops.__file__).with_name("table.json")
-LIMITS = {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 128, "num_warps": 8, "num_stages": 6}
-LEAST = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 1, "num_stages": 1}
+LIMITS = {
+    "BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 128, "BLOCK_E": 256, "num_warps": 8, "num_stages": 6,
+    "DESCRIPTORS": 1,
+}  # fmt: skip
+LEAST = {
+    "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "BLOCK_E": 16, "num_warps": 1, "num_stages": 1,
+    "DESCRIPTORS": 0,
+}  # fmt: skip
 
 
 def tune(op: str, seconds: float) -> None:
@@ -142,7 +148,8 @@ def untuned(op: str, generation: int) -> dict[str, Blocks]:
 def climb(start: Blocks, cost: Callable[[Blocks], float], margin: float = 0.01) -> Blocks:
     """Goes from ``start`` to the first neighbour that is better by ``margin``, until there is none.
 
-    A neighbour has one number doubled or halved (stages: one more or less); ``cost`` is the log of a time.
+    A neighbour has one number doubled or halved (stages: one more or less; descriptors: with or without);
+    ``cost`` is the log of a time.
     """
     best, least = start, cost(start)
     seen = [start]
@@ -161,7 +168,8 @@ def climb(start: Blocks, cost: Callable[[Blocks], float], margin: float = 0.01) 
 def neighbours(blocks: Blocks) -> Iterator[Blocks]:
     """One step away from ``blocks``, within the limits."""
     for name, value in blocks.items():
-        for other in (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2):
+        one_by_one = name in ("num_stages", "DESCRIPTORS")
+        for other in (value - 1, value + 1) if one_by_one else (value // 2, value * 2):
             if LEAST[name] <= other <= LIMITS[name]:
                 yield {**blocks, name: other}
 

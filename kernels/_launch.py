@@ -18,6 +18,11 @@ def blocks(m: int, n: int, k: int, num_warps: int, num_stages: int) -> Blocks:
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": num_warps, "num_stages": num_stages}
 
 
+def described(sizes: Blocks) -> Blocks:
+    """The same for a kernel that may read its tiles through tensor descriptors, by the TMA."""
+    return {**sizes, "DESCRIPTORS": 1}
+
+
 def configuration(
     op: str, kernel: str, like: Tensor, dtype: torch.dtype, untuned: Mapping[int, Mapping[str, Blocks]]
 ) -> dict[str, Any]:
@@ -41,6 +46,37 @@ def capability(device: torch.device) -> int:
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def use_descriptors(options: dict[str, Any], *matrices: tuple[Tensor | None, int | None]) -> None:
+    """Puts out ``DESCRIPTORS`` where a matrix, given with the step of its rows, cannot be read through one.
+
+    It and its rows must begin at multiples of 16 bytes. Where all do, Triton gets memory to keep descriptors
+    in.
+    """
+    options["DESCRIPTORS"] = bool(options.get("DESCRIPTORS")) and all(
+        t is not None and step is not None and t.numel() > 0
+        and t.data_ptr() % 16 == 0 and step * t.element_size() % 16 == 0
+        for t, step in matrices
+    )  # fmt: skip
+    if options["DESCRIPTORS"]:
+        import triton  # not before: what else is here is used without it too
+
+        triton.set_allocator(_memory_for_descriptors)
+
+
+def _memory_for_descriptors(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")  # the current one: see `on`
+
+
+def row_step(sizes: Triple, strides: Triple) -> int | None:
+    """The step from each row to the next where it is the same everywhere."""
+    step, expected = strides[2], strides[2]
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size > 1 and stride != expected:
+            return None
+        expected *= size
+    return step
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -9,6 +9,8 @@ into the same float32 tile, so the concatenation exists nowhere. Three things ke
   statistics reach into it.
 - A tile none of whose rows has a source skips that source's loop. A row without it is masked off when it is
   loaded, so nothing that stands in an absent element enters a register.
+- Where a matrix begins at a multiple of 16 bytes, and so do its rows, tiles of sources and weight may be read
+  through tensor descriptors, unless a row may be absent or is normed on its way.
 - Bias, activation, gate and residual are applied to the tile before it is stored.
 
 All gradients are sums in a fixed order, without atomics: the same bits every time.
@@ -22,7 +24,18 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.kernels._activations import activate, tanh
-from mmfast.kernels._launch import blocks, configuration, dense, lead_of, on, presence, walk
+from mmfast.kernels._launch import (
+    blocks,
+    configuration,
+    dense,
+    described,
+    lead_of,
+    on,
+    presence,
+    row_step,
+    use_descriptors,
+    walk,
+)
 from mmfast.kernels._tiles import Source, any_of, columns_of, load_row, load_tile, row_offset, rows_with
 from mmfast.kernels.concat_linear_backward import concat_linear_backward
 
@@ -39,8 +52,8 @@ UNTUNED = {
         "forward_few_rows.ieee": blocks(32, 32, 16, num_warps=4, num_stages=2),
     },
     90: {
-        "forward.half": blocks(128, 128, 64, num_warps=8, num_stages=4),
-        "forward.tf32": blocks(128, 64, 32, num_warps=8, num_stages=3),
+        "forward.half": described(blocks(128, 128, 64, num_warps=8, num_stages=4)),
+        "forward.tf32": described(blocks(128, 64, 32, num_warps=8, num_stages=3)),
         "forward.ieee": blocks(64, 64, 16, num_warps=4, num_stages=2),
         "forward_few_rows.half": blocks(64, 64, 64, num_warps=4, num_stages=4),
         "forward_few_rows.tf32": blocks(64, 64, 32, num_warps=4, num_stages=3),
@@ -49,7 +62,7 @@ UNTUNED = {
 }
 UNTUNED[100] = {
     **UNTUNED[90],
-    "forward.half": blocks(128, 64, 64, num_warps=8, num_stages=4),
+    "forward.half": described(blocks(128, 64, 64, num_warps=8, num_stages=4)),
 }  # else it spills
 
 
@@ -88,14 +101,14 @@ def forward_kernel(
     mean, rstd, norm_weight, norm_bias, residual, gate, gate_stride,
     rows, n1, n2, per_sample, width,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """A tile of ``residual + tanh(gate) * activation(norm(cat(sources)) @ weight.T + bias)``."""
     SWIGLU: tl.constexpr = ACTIVATION == "swiglu"
     tile = tl.program_id(0)
     tiles = tl.cdiv(width, BLOCK_N)  # neighbours share their rows of the sources
-    row = tile // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    row0, column0 = tile // tiles * BLOCK_M, tile % tiles * BLOCK_N
+    row, column = row0 + tl.arange(0, BLOCK_M), column0 + tl.arange(0, BLOCK_N)
     inside, kept = row < rows, column < width
     k = tl.arange(0, BLOCK_K)
     if mean is not None:
@@ -113,17 +126,34 @@ def forward_kernel(
         end = source.width
         if mean is None:
             end = tl.where(any_of(seen), end, 0)
+        if DESCRIPTORS:
+            x_tiles = tl.make_tensor_descriptor(
+                source.data, [rows, source.width], [source.strides[2], 1], [BLOCK_M, BLOCK_K]
+            )
+            w_tiles = tl.make_tensor_descriptor(
+                source.weight, [2 * width if SWIGLU else width, source.width], [weight_stride, 1],
+                [BLOCK_N, BLOCK_K],
+            )  # fmt: skip
         for k0 in range(0, end, BLOCK_K):
             left = k0 + k < source.width
-            tile_x = load_tile(x + (k0 + k)[None, :], seen, left)  # [M, K]
+            if DESCRIPTORS:
+                tile_x = x_tiles.load([row0, k0])
+            else:
+                tile_x = load_tile(x + (k0 + k)[None, :], seen, left)  # [M, K]
             if mean is not None:
                 scale = load_row(norm_weight, source.column + k0 + k, left, 1.0)
                 shift = load_row(norm_bias, source.column + k0 + k, left, 0.0)
                 tile_x = ((tile_x.to(tl.float32) - m) * r * scale + shift).to(source.data.dtype.element_ty)
-            tile_w = load_tile(w + (k0 + k)[:, None], left, kept)  # [K, N]
+            if DESCRIPTORS:
+                tile_w = w_tiles.load([column0, k0]).T
+            else:
+                tile_w = load_tile(w + (k0 + k)[:, None], left, kept)  # [K, N]
             a = tl.dot(tile_x, tile_w, a, input_precision=PRECISION)
             if SWIGLU:
-                tile_w = load_tile(w2 + (k0 + k)[:, None], left, kept)
+                if DESCRIPTORS:
+                    tile_w = w_tiles.load([width + column0, k0]).T
+                else:
+                    tile_w = load_tile(w2 + (k0 + k)[:, None], left, kept)
                 b = tl.dot(tile_x, tile_w, b, input_precision=PRECISION)
 
     for i in tl.static_range(len(pooled)):
@@ -169,6 +199,13 @@ def _run(
     options = configuration("concat_linear", name, weight, weight.dtype, UNTUNED)
     if activation == "swiglu":
         options["BLOCK_N"] //= 2  # two tiles of the output live at once
+    if present is not None or norm[0] is not None:
+        options["DESCRIPTORS"] = 0
+    use_descriptors(
+        options,
+        *((source.data, row_step(sizes, source.strides)) for source in sources),
+        *((source.weight, weight.stride(0)) for source in sources),
+    )
     grid = (triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(width, options["BLOCK_N"]),)
     gate_step = 0 if gate is None or len(gate) == 1 else 1
     forward_kernel[grid](

@@ -9,7 +9,19 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.kernels._activations import activate, derivative, tanh
-from mmfast.kernels._launch import blocks, configuration, dense, lead_of, on, presence, row_sum, walk
+from mmfast.kernels._launch import (
+    blocks,
+    configuration,
+    dense,
+    described,
+    lead_of,
+    on,
+    presence,
+    row_step,
+    row_sum,
+    use_descriptors,
+    walk,
+)
 from mmfast.kernels._tiles import Source, any_of, columns_of, load_row, load_tile, row_offset, rows_with
 
 # By the oldest compute capability they are for. Nobody has tuned them on a device yet.
@@ -26,13 +38,13 @@ UNTUNED = {
         "grad_weight.ieee": blocks(64, 64, 16, num_warps=8, num_stages=2),
     },
     90: {
-        "grad_input.half": blocks(128, 128, 64, num_warps=8, num_stages=4),
-        "grad_input.tf32": blocks(128, 64, 32, num_warps=8, num_stages=3),
+        "grad_input.half": described(blocks(128, 128, 64, num_warps=8, num_stages=4)),
+        "grad_input.tf32": described(blocks(128, 64, 32, num_warps=8, num_stages=3)),
         "grad_input.ieee": blocks(64, 64, 16, num_warps=8, num_stages=2),
         "grad_input_few_rows.half": blocks(64, 64, 64, num_warps=4, num_stages=4),
         "grad_input_few_rows.tf32": blocks(64, 64, 32, num_warps=4, num_stages=3),
         "grad_input_few_rows.ieee": blocks(32, 32, 16, num_warps=4, num_stages=2),
-        "grad_weight.half": blocks(128, 128, 64, num_warps=8, num_stages=3),
+        "grad_weight.half": described(blocks(128, 128, 64, num_warps=8, num_stages=3)),
         "grad_weight.tf32": blocks(64, 64, 32, num_warps=4, num_stages=3),
         "grad_weight.ieee": blocks(64, 64, 16, num_warps=8, num_stages=2),
     },
@@ -99,22 +111,30 @@ def grad_preact_kernel(
 def grad_input_kernel(
     out, grad, weight, weight_stride, present, num_sources, number, rows, per_sample, width, depth,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """A tile of ``grad`` [rows, depth] @ ``weight`` [depth, width]; zeros where the source is absent."""
     tile = tl.program_id(0)
     tiles = tl.cdiv(width, BLOCK_N)
-    row = tile // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    row0, column0 = tile // tiles * BLOCK_M, tile % tiles * BLOCK_N
+    row, column = row0 + tl.arange(0, BLOCK_M), column0 + tl.arange(0, BLOCK_N)
     inside, kept = row < rows, column < width
     k = tl.arange(0, BLOCK_K)
     seen = rows_with(number, row, inside, present, num_sources, per_sample)
+    if DESCRIPTORS:
+        g_tiles = tl.make_tensor_descriptor(grad, [rows, depth], [depth, 1], [BLOCK_M, BLOCK_K])
+        w_tiles = tl.make_tensor_descriptor(weight, [depth, width], [weight_stride, 1], [BLOCK_K, BLOCK_N])
     g = grad + row.to(tl.int64)[:, None] * depth
     dx = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in range(0, tl.where(any_of(seen), depth, 0), BLOCK_K):
         left = k0 + k < depth
-        tile_g = load_tile(g + (k0 + k)[None, :], seen, left)
-        w = weight + (k0 + k).to(tl.int64)[:, None] * weight_stride + column[None, :]
-        tile_w = load_tile(w, left, kept).to(tile_g.dtype)
+        if DESCRIPTORS:
+            tile_g, tile_w = g_tiles.load([row0, k0]), w_tiles.load([k0, column0])
+        else:
+            tile_g = load_tile(g + (k0 + k)[None, :], seen, left)
+            w = weight + (k0 + k).to(tl.int64)[:, None] * weight_stride + column[None, :]
+            tile_w = load_tile(w, left, kept)
+        tile_w = tile_w.to(tile_g.dtype)
         dx = tl.dot(tile_g, tile_w, dx, input_precision=PRECISION)
     dx = tl.where(seen[:, None], dx, 0.0)
     tl.store(
@@ -127,7 +147,7 @@ def grad_weight_kernel(
     out, out_stride, norm_weight_sum, norm_bias_sum, grad, source, weight_stride, present, num_sources,
     number, mean, rstd, norm_weight, norm_bias, grad_bias, rows, n1, n2, per_sample, height, chunk,
     chunks_each, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """A tile of ``grad.T`` [height, rows] @ ``norm(x)`` [rows, width], over this part's chunks of rows.
 
@@ -135,11 +155,15 @@ def grad_weight_kernel(
     dW = product * norm_weight + grad_bias * norm_bias, d norm_weight = sum over o of W * product,
     d norm_bias = sum over o of W * grad_bias.
     """
-    o = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    part = tl.program_id(2)
+    o0, k0, part = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N, tl.program_id(2)
+    o, k = o0 + tl.arange(0, BLOCK_M), k0 + tl.arange(0, BLOCK_N)
     kept_o, kept_k = o < height, k < source.width
     product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if DESCRIPTORS:
+        g_tiles = tl.make_tensor_descriptor(grad, [rows, height], [height, 1], [BLOCK_K, BLOCK_M])
+        x_tiles = tl.make_tensor_descriptor(
+            source.data, [rows, source.width], [source.strides[2], 1], [BLOCK_K, BLOCK_N]
+        )
     for chunk0 in range(part * chunks_each, (part + 1) * chunks_each):
         first = chunk0 * chunk
         end = tl.minimum(first + chunk, rows)
@@ -151,9 +175,12 @@ def grad_weight_kernel(
             row = row0 + tl.arange(0, BLOCK_K)
             inside = row < end
             seen = rows_with(number, row, inside, present, num_sources, per_sample)
-            g = load_tile(grad + row.to(tl.int64)[:, None] * height + o[None, :], inside, kept_o)  # [K, M]
-            x = source.data + row_offset(row, n1, n2, source.strides)[:, None] + k[None, :]
-            x = load_tile(x, seen, kept_k)  # [K, N]
+            if DESCRIPTORS:
+                g, x = g_tiles.load([row0, o0]), x_tiles.load([row0, k0])  # [K, M], [K, N]
+            else:
+                g = load_tile(grad + row.to(tl.int64)[:, None] * height + o[None, :], inside, kept_o)
+                x = source.data + row_offset(row, n1, n2, source.strides)[:, None] + k[None, :]
+                x = load_tile(x, seen, kept_k)
             if mean is not None:
                 m = tl.load(mean + row, mask=inside, other=0.0)[:, None]
                 x = (x.to(tl.float32) - m) * tl.load(rstd + row, mask=inside, other=0.0)[:, None]
@@ -291,6 +318,9 @@ def _grad_input(
     present, num_sources, per_sample = presence(present, rows)
     name = "grad_input_few_rows" if rows <= 256 else "grad_input"
     options = configuration("concat_linear", name, grad, dtype, UNTUNED)
+    if present is not None:
+        options["DESCRIPTORS"] = 0
+    use_descriptors(options, (grad, depth), (weight, weight.stride(0)))
     grid = (triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(width, options["BLOCK_N"]),)
     grad_input_kernel[grid](
         out, grad, weight, weight.stride(0), present, num_sources, number, rows, per_sample, width, depth,
@@ -305,16 +335,19 @@ def _grad_weight(
 ) -> Tensor:  # fmt: skip
     """Writes ``grad.T`` @ ``norm(x)`` to ``out`` [O, D]; returns the norm's two gradients [2, D]."""
     (rows, height), width = grad.shape, x.shape[-1]
-    (_, n1, n2), (x,), (strides,) = walk(lead, [x])
+    sizes, (x,), (strides,) = walk(lead, [x])
     present, num_sources, per_sample = presence(present, rows)
     options = configuration("concat_linear", "grad_weight", grad, x.dtype, UNTUNED)
+    if present is not None or norm is not None:
+        options["DESCRIPTORS"] = 0
+    use_descriptors(options, (grad, height), (x, row_step(sizes, strides)))
     tiles_m = triton.cdiv(height, options["BLOCK_M"])
     tiles_n = triton.cdiv(width, options["BLOCK_N"])
     if width == 0:
         return grad.new_zeros(2, 0)
 
     parts = max(1, min(_PROGRAMS // (tiles_m * tiles_n), rows // 512))
-    chunk = triton.cdiv(rows, parts)
+    chunk = triton.cdiv(triton.cdiv(rows, parts), options["BLOCK_K"]) * options["BLOCK_K"]
     if present is not None and norm is None:
         chunk = per_sample if per_sample >= 64 else _CHUNK
     chunks_each = triton.cdiv(triton.cdiv(rows, chunk), parts)
@@ -324,7 +357,7 @@ def _grad_weight(
     sums = grad.new_empty(2, parts * tiles_m, 0 if norm is None else width, dtype=torch.float32)
     grad_weight_kernel[(tiles_m, tiles_n, parts)](
         product, product.stride(-2), sums[0], sums[1], grad, Source(x, strides, 0, width, weight),
-        weight.stride(0), present, num_sources, number, *(norm or (None,) * 5), rows, n1, n2, per_sample,
+        weight.stride(0), present, num_sources, number, *(norm or (None,) * 5), rows, *sizes[1:], per_sample,
         height, chunk, chunks_each, CHUNK=_CHUNK, **options,
     )  # fmt: skip
     if parts > 1:

@@ -25,6 +25,7 @@ class Compiled(NamedTuple):
     spilled: int  # bytes of local memory and stack
     shared: int
     instructions: frozenset  # of wgmma, mma, tcgen05
+    described: bool  # are tiles read through tensor descriptors, by the TMA
 
 
 def compile_for(capability: int, kind: str) -> list[Compiled]:
@@ -108,6 +109,7 @@ def concat_linear_cases(dtype):
     mixed = [(32, 196, 768), (32, 1, 512), (32, 1, 128)]
     yield "pooled swiglu present", lambda: launch(mixed, 768, "swiglu", True, False)
     yield "norm gelu present", lambda: launch([(32, 196, 768), (32, 196, 128)], 768, "gelu", True, True)
+    yield "dense", lambda: launch([(32, 196, 768), (32, 196, 512)], 768, "gelu", False, False)
     yield "few rows", lambda: launch([(32, 768), (32, 512)], 768, "none", True, False)
 
 
@@ -220,5 +222,6 @@ def report(kernel, case: str, capability: int, kind: str) -> Compiled:
     found |= {"mma"} if re.search(r"^\s*mma\.sync", ptx, re.MULTILINE) else set()
     spilled = used["STACK"] + used["LOCAL"]
     return Compiled(
-        kernel.name, case, capability, kind, used["REG"], spilled, kernel.metadata.shared, frozenset(found)
-    )
+        kernel.name, case, capability, kind, used["REG"], spilled, kernel.metadata.shared, frozenset(found),
+        "cp.async.bulk.tensor" in ptx,
+    )  # fmt: skip

@@ -78,3 +78,18 @@ def test_large_tiles_take_the_newest_instructions(compiled):
         attention = c.kernel == "forward_kernel" and c.case.startswith(("depth 64", "depth 128"))
         if (c.kind != "ieee" and linear) or (c.kind == "half" and attention):
             assert c.instructions == {TENSOR_CORE[c.capability]}, c
+
+
+def test_dense_tiles_come_by_descriptors_from_hopper_on(compiled):
+    for capability in SHARED_MEMORY:
+        for kind in KINDS:
+            found = {
+                c.kernel for c in compiled if c.described and (c.capability, c.kind) == (capability, kind)
+            }
+            half = {"grad_weight_kernel"} if kind == "half" else set()
+            wanted = (
+                {"forward_kernel", "grad_input_kernel"} | half
+                if kind != "ieee" and capability >= 90
+                else set()
+            )
+            assert found == wanted, (capability, kind)

@@ -33,6 +33,13 @@ def test_neighbours_stay_within_the_limits():
     assert all(b[n] <= tune.LIMITS[n] for b in tune.neighbours(tune.LIMITS) for n in b)
 
 
+def test_every_kernels_blocks_have_limits():
+    pytest.importorskip("triton")
+    for op in ops.__all__:
+        for blocks in tune.untuned(op, 90).values():
+            assert list(tune.neighbours(blocks))
+
+
 def test_the_fastest_over_all_works_is_chosen():
     works = [
         Result("a", "float32", "cpu", {"cpu": [1.0], "reference": [4.0]}),

@@ -29,7 +29,8 @@ def both(shapes, width, seen=None, **options):
     leaves = [torch.randn(s, generator=generator) for s in (*shapes, (width, depth), (width,))]
     if options.get("norm_eps"):
         leaves += [torch.randn(depth, generator=generator), torch.randn(depth, generator=generator)]
-    grad = torch.randn(*lead, width, generator=generator)
+    columns = width // 2 if options.get("activation") == "swiglu" else width
+    grad = torch.randn(*lead, columns, generator=generator)
     results = []
     for op, dtype in ((concat_linear, torch.float32), (reference.concat_linear, torch.float32),
                       (reference.concat_linear, torch.float64)):  # fmt: skip
@@ -59,6 +60,55 @@ def test_tiles_parts_and_chunks_add_up(small_tiles, per_sample, norm_eps):
     seen = torch.arange(3 * samples).view(samples, 3) % 5 > 1
     shapes = [(samples, per_sample, 17), (samples, 1, 18), (samples, per_sample, 5)]
     assert_close(both(shapes, 18, seen, norm_eps=norm_eps, activation="gelu"))
+
+
+@pytest.fixture
+def described(small_tiles, monkeypatch):
+    """Small tiles through tensor descriptors where that can be; whether they were, launch by launch."""
+    entry = _launch.measured("concat_linear", None)
+    entry["triton"] = {name: _launch.described(sizes) for name, sizes in entry["triton"].items()}
+    used = []
+
+    def spy(options, *matrices):
+        use_descriptors(options, *matrices)
+        used.append(options["DESCRIPTORS"])
+
+    use_descriptors = _launch.use_descriptors
+    for module in ("concat_linear", "concat_linear_backward"):
+        monkeypatch.setattr(f"mmfast.kernels.{module}.use_descriptors", spy)
+    return used
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize(
+    ("shapes", "wanted"),
+    [
+        ([(3, 19, 24), (3, 1, 16), (3, 19, 8)], True),
+        ([(57, 40), (57, 4)], True),
+        ([(3, 19, 24), (3, 1, 15), (3, 19, 8)], False),
+    ],
+    ids=["a pooled source", "flat", "rows of 15"],
+)
+def test_tiles_through_descriptors_are_the_same(described, activation, shapes, wanted):
+    assert_close(both(shapes, 40, activation=activation))
+    assert (False not in described) == wanted, described
+
+
+def test_absent_rows_and_normed_ones_take_no_descriptor(described):
+    shapes = [(3, 19, 24), (3, 19, 8)]
+    assert_close(both(shapes, 40, torch.tensor([[True, False], [True, True], [False, True]])))
+    assert True not in described
+    assert_close(both(shapes, 40, norm_eps=1e-5))
+    assert described.count(True) == 2, "the gradients before the norm's"
+
+
+def test_rows_in_steps_that_differ_take_no_descriptor(described):
+    x = torch.randn(3, 19, 48, device=DEVICE)[:, ::2, :24]
+    weight = torch.randn(40, 24, device=DEVICE)
+    with backend("triton"):
+        out = concat_linear([x, x.transpose(0, 1).contiguous().transpose(0, 1)], torch.cat([weight] * 2, 1))
+    assert described == [False]
+    torch.testing.assert_close(out, 2 * x @ weight.T, rtol=1e-4, atol=1e-4)
 
 
 def test_more_than_three_leading_dimensions_are_copied_and_right():

@@ -48,17 +48,23 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def use_descriptors(options: dict[str, Any], *matrices: tuple[Tensor | None, int | None]) -> None:
-    """Puts out ``DESCRIPTORS`` where a matrix, given with the step of its rows, cannot be read through one.
+def use_descriptors(
+    options: dict[str, Any], possible: bool, *matrices: tuple[Tensor | None, int | None]
+) -> None:
+    """Leaves ``DESCRIPTORS`` on where that is possible and a descriptor can be made of each matrix.
 
-    It and its rows must begin at multiples of 16 bytes. Where all do, Triton gets memory to keep descriptors
-    in.
+    A matrix is given with the step of its rows. It must begin at a multiple of 16 bytes; so must its rows,
+    which may not overlap, nor end elsewhere. Then Triton gets memory to keep descriptors in, and keeps that
+    allocator, as it does Inductor's.
     """
-    options["DESCRIPTORS"] = bool(options.get("DESCRIPTORS")) and all(
-        t is not None and step is not None and t.numel() > 0
-        and t.data_ptr() % 16 == 0 and step * t.element_size() % 16 == 0
-        for t, step in matrices
-    )  # fmt: skip
+
+    def fits(t: Tensor | None, step: int | None) -> bool:
+        if t is None or step is None or t.numel() == 0 or step < t.shape[-1]:
+            return False
+        return all(n % 16 == 0 for n in (t.data_ptr(), step * t.itemsize, t.shape[-1] * t.itemsize))
+
+    wanted = bool(options.get("DESCRIPTORS")) and possible and bool(matrices)
+    options["DESCRIPTORS"] = wanted and all(fits(*matrix) for matrix in matrices)
     if options["DESCRIPTORS"]:
         import triton  # not before: what else is here is used without it too
 

@@ -9,9 +9,10 @@ into the same float32 tile, so the concatenation exists nowhere. Three things ke
   statistics reach into it.
 - A tile none of whose rows has a source skips that source's loop. A row without it is masked off when it is
   loaded, so nothing that stands in an absent element enters a register.
-- Where a matrix begins at a multiple of 16 bytes, and so do its rows, tiles of sources and weight may be read
-  through tensor descriptors, unless a row may be absent or is normed on its way.
 - Bias, activation, gate and residual are applied to the tile before it is stored.
+
+Tiles of sources and weight may be read through tensor descriptors, unless a row may be absent or is normed on
+its way; see ``mmfast.kernels._launch.use_descriptors`` for how they must lie.
 
 All gradients are sums in a fixed order, without atomics: the same bits every time.
 """
@@ -199,10 +200,9 @@ def _run(
     options = configuration("concat_linear", name, weight, weight.dtype, UNTUNED)
     if activation == "swiglu":
         options["BLOCK_N"] //= 2  # two tiles of the output live at once
-    if present is not None or norm[0] is not None:
-        options["DESCRIPTORS"] = 0
     use_descriptors(
         options,
+        present is None and norm[0] is None,
         *((source.data, row_step(sizes, source.strides)) for source in sources),
         *((source.weight, weight.stride(0)) for source in sources),
     )

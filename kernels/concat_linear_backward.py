@@ -318,9 +318,7 @@ def _grad_input(
     present, num_sources, per_sample = presence(present, rows)
     name = "grad_input_few_rows" if rows <= 256 else "grad_input"
     options = configuration("concat_linear", name, grad, dtype, UNTUNED)
-    if present is not None:
-        options["DESCRIPTORS"] = 0
-    use_descriptors(options, (grad, depth), (weight, weight.stride(0)))
+    use_descriptors(options, present is None, (grad, depth), (weight, weight.stride(0)))
     grid = (triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(width, options["BLOCK_N"]),)
     grad_input_kernel[grid](
         out, grad, weight, weight.stride(0), present, num_sources, number, rows, per_sample, width, depth,
@@ -338,16 +336,16 @@ def _grad_weight(
     sizes, (x,), (strides,) = walk(lead, [x])
     present, num_sources, per_sample = presence(present, rows)
     options = configuration("concat_linear", "grad_weight", grad, x.dtype, UNTUNED)
-    if present is not None or norm is not None:
-        options["DESCRIPTORS"] = 0
-    use_descriptors(options, (grad, height), (x, row_step(sizes, strides)))
+    possible = present is None and norm is None
+    use_descriptors(options, possible, (grad, height), (x, row_step(sizes, strides)))
     tiles_m = triton.cdiv(height, options["BLOCK_M"])
     tiles_n = triton.cdiv(width, options["BLOCK_N"])
     if width == 0:
         return grad.new_zeros(2, 0)
 
     parts = max(1, min(_PROGRAMS // (tiles_m * tiles_n), rows // 512))
-    chunk = triton.cdiv(triton.cdiv(rows, parts), options["BLOCK_K"]) * options["BLOCK_K"]
+    block = options["BLOCK_K"]  # a descriptor does not end with a chunk: that ends with a tile
+    chunk = triton.cdiv(triton.cdiv(rows, parts), block) * block
     if present is not None and norm is None:
         chunk = per_sample if per_sample >= 64 else _CHUNK
     chunks_each = triton.cdiv(triton.cdiv(rows, chunk), parts)

@@ -210,19 +210,26 @@ class Gradient {
     const A* start[MOST_ROWS];
     std::fill_n(start, k.rows, Sums<T>::zeros);
     T* to[MOST_ROWS];
-    for (int64_t i = 0; i < count; ++i) fetch_to_write(to[i] = rows_[first + i] + column, used);
+    for (int64_t i = 0; i < count; ++i) {
+      to[i] = rows_[first + i] + column;
+      fetch_to_write(to[i], used);
+    }
     if constexpr (HALVES) {
       uint16_t* lower[MOST_ROWS];
-      for (int64_t i = 0; i < count; ++i) fetch_to_write(lower[i] = lower_.row(first + i) + column, used);
+      for (int64_t i = 0; i < count; ++i) {
+        lower[i] = lower_.row(first + i) + column;
+        fetch_to_write(lower[i], used);
+      }
       k.multiply(c, start, left, step, right, depth);
       contrastive_kernels<T>().add_to_halves(to, lower, c, count, used);
     } else {
-      for (int64_t i = 0; i < count; ++i) {
-        start[i] = to[i];
-        if (used == k.columns) continue;  // else a whole tile's width cannot be read there
-        start[i] = c + i * k.columns;
-        std::fill_n(std::copy_n(to[i], used, c + i * k.columns), k.columns - used, A(0));
-      }
+      for (int64_t i = 0; i < count; ++i)
+        if (used == k.columns) {
+          start[i] = to[i];
+        } else {  // a whole tile's width cannot be read there
+          start[i] = c + i * k.columns;
+          std::fill_n(std::copy_n(to[i], used, c + i * k.columns), k.columns - used, A(0));
+        }
       k.multiply(c, start, left, step, right, depth);
       for (int64_t i = 0; i < count; ++i) std::copy_n(c + i * k.columns, used, to[i]);
     }

@@ -22,7 +22,7 @@ template <class T>
 struct Gradients {
   struct OfSource {
     T* data;
-    bool zero;  // is what nobody sees already
+    bool cleared;  // what nobody sees is 0 already
   };
   T* query = nullptr;
   std::vector<OfSource> key, value;
@@ -203,7 +203,7 @@ void clear_hidden(const Attention<T>& a, const Gradients<T>& out) {
         const Keys& k = a.of(h / a.kv_heads, i);
         const int64_t size = a.key[i].rows;
         const auto clear_of = [&](const auto& to, int64_t s, int64_t end, int64_t width) {
-          if (to.data && !to.zero) std::fill_n(to.data + (h * size + s) * width, (end - s) * width, T{});
+          if (to.data && !to.cleared) std::fill_n(to.data + (h * size + s) * width, (end - s) * width, T{});
         };
         const auto clear = [&](int64_t s, int64_t end) {
           clear_of(out.key[i], s, end, a.depth);
@@ -268,9 +268,9 @@ Tensors backward(const Attention<T>& a, const Tensor& grad_, const Maybe& grad_l
   const auto make = [&](int64_t i, bool needed, int64_t width) -> typename Gradients<T>::OfSource {
     if (!needed) return {nullptr, false};
     const Shape shape{a.batch, a.kv_heads, a.key[i].rows, width};
-    int64_t seen = 0;
-    for (int64_t b = 0; b < a.batch; ++b) seen += a.of(b, i).count;
-    if (8 * seen <= a.batch * a.key[i].rows)  // to make more small pages takes longer than to write zeros
+    bool seen = false;
+    for (int64_t b = 0; b < a.batch; ++b) seen |= a.of(b, i).count > 0;
+    if (!seen)
       if (const auto zeros = untouched_zeros<T>(shape)) return {keep(*zeros), true};
     return {keep(empty(shape, scalar_type<T>)), false};
   };

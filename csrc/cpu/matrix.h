@@ -71,19 +71,22 @@ inline Tensor empty(const Shape& shape, ScalarType type) {
   return empty(shape, contiguous_strides(shape), type);
 }
 
-// Zeros that take neither time nor memory until they are touched, a small page at a time: the system's pages
-// begin so. None where the system is another, or the tensor has few of them.
+// Zeros that take neither time nor memory until they are written, since a mapping begins as zeros. None where
+// the system is another, or the tensor is small.
 template <class T>
 std::optional<Tensor> untouched_zeros(const Shape& shape) {
 #ifdef __linux__
   constexpr size_t LEAST = 1 << 20;
   const size_t bytes = product(shape) * sizeof(T);
   if (bytes < LEAST) return {};
-  void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-  madvise(memory, bytes, MADV_NOHUGEPAGE);
-  return torch::stable::from_blob(memory, shape, contiguous_strides(shape), {DeviceType::CPU}, scalar_type<T>,
-                                  [bytes](void* block) { munmap(block, bytes); });
+  const auto unmap = [bytes](void* block) { munmap(block, bytes); };
+  void* const block = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (block == MAP_FAILED) throw std::bad_alloc();
+  std::unique_ptr<void, decltype(unmap)> held(block, unmap);
+  const Tensor made = torch::stable::from_blob(block, shape, contiguous_strides(shape), {DeviceType::CPU},
+                                               scalar_type<T>, unmap);
+  held.release();
+  return made;
 #else
   return {};
 #endif

@@ -32,7 +32,7 @@ class Match:
     spared: dict[Node, str]  # those of them whose memory is to be spared, with their names
     dtype: torch.dtype  # that the products are made in
     flops: float  # as it was written, a multiplication and an addition counted as two
-    saved: float  # those of them that the op does not make
+    saved: float  # that the op does not make, or what takes as long as so many
     what: str  # in words
     keeps_output: bool = False  # for the backward
     ordinary: bool = False  # PyTorch has a kernel for it too, which is harder to beat

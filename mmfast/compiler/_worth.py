@@ -1,9 +1,9 @@
 """Whether what was found is worth replacing: the one place where that is decided, by the committed table.
 
 ``table.json`` holds for an op, a device and a dtype how many floating point operations a layer must have
-(``"flops"``), or how many of them the op must save because sources are broadcast (``"saved"``), for a model
-that Inductor compiles to be faster with the op in it. ``"ordinary"`` is ``"flops"`` where PyTorch has a
-kernel for the very thing.
+(``"flops"``), or how many of them, or of their like in time, the op must save (``"saved"``), for a model that
+Inductor compiles to be faster with the op in it. ``"ordinary"`` is ``"flops"`` where PyTorch has a kernel for
+the very thing.
 """
 
 import math
@@ -19,9 +19,9 @@ def slower(match: Match) -> str:
         return f"no kernel of it is measured for {device.type}"
     dtype = str(match.dtype).removeprefix("torch.")
     least = measured(match.op, device).get("compiler", {}).get(dtype, {})
-    flops = least.get("ordinary" if match.ordinary else "flops")
-    if flops is None:
+    size = "ordinary" if match.ordinary else "flops"
+    if size not in least and "saved" not in least:
         return f"it is not measured in {dtype}"
-    if match.flops >= flops or match.saved >= least.get("saved", math.inf):
+    if match.flops >= least.get(size, math.inf) or match.saved >= least.get("saved", math.inf):
         return ""
-    return f"not faster: {match.flops:.2g} operations, {match.saved:.2g} of them saved"
+    return f"not faster: {match.flops:.2g} operations, {match.saved:.2g} saved"

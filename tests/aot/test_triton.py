@@ -83,13 +83,6 @@ def test_large_tiles_take_the_newest_instructions(compiled):
 def test_dense_tiles_come_by_descriptors_from_hopper_on(compiled):
     for capability in SHARED_MEMORY:
         for kind in KINDS:
-            found = {
-                c.kernel for c in compiled if c.described and (c.capability, c.kind) == (capability, kind)
-            }
-            half = {"grad_weight_kernel"} if kind == "half" else set()
-            wanted = (
-                {"forward_kernel", "grad_input_kernel"} | half
-                if kind != "ieee" and capability >= 90
-                else set()
-            )
-            assert found == wanted, (capability, kind)
+            dense = [c for c in compiled if (c.case, c.capability, c.kind) == ("dense", capability, kind)]
+            kernels = {"half": LINEAR, "tf32": LINEAR - {"grad_weight_kernel"}, "ieee": set()}[kind]
+            assert {c.kernel for c in dense if c.described} == (kernels if capability >= 90 else set())

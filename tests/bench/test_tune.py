@@ -1,5 +1,6 @@
 """Tuning finds the best it was shown, keeps what others measured, and looks for ops and kernels by itself."""
 
+import itertools
 import json
 
 import pytest
@@ -35,8 +36,8 @@ def test_neighbours_stay_within_the_limits():
 
 def test_every_kernels_blocks_have_limits():
     pytest.importorskip("triton")
-    for op in ops.__all__:
-        for blocks in tune.untuned(op, 90).values():
+    for op, generation in itertools.product(ops.__all__, (80, 90, 100)):
+        for blocks in tune.untuned(op, generation).values():
             assert list(tune.neighbours(blocks))
 
 

@@ -12,7 +12,7 @@ import torch
 from check import cast, check, python, run, same_bits, threads
 from test_cross_attention import ISAS, OPTIONS, all_of, example, on
 
-from mmfast.ops import available, cross_attention, reference
+from mmfast.ops import available, backend, cross_attention, reference
 
 pytestmark = pytest.mark.skipif(
     available("cross_attention", "cpu")["cpu"] != "ready", reason="the native CPU library is not there"
@@ -335,13 +335,22 @@ def test_forward_and_backward_hold_little_beside_inputs_outputs_and_gradients(ca
 
 
 @pytest.mark.memory
-@pytest.mark.parametrize("lengths, seen", [("keys // 8", 1 / 8), ("keys", 1)])
-def test_gradients_of_hidden_keys_hold_no_memory(lengths, seen):
-    """Those of keys and values are 128 MiB; of what nobody sees, pages are made when somebody reads them."""
-    hides = f"lengths=[torch.full((2,), {lengths})] * 4, "
+@pytest.mark.parametrize("hidden", range(3))
+def test_gradients_of_a_hidden_source_hold_no_memory(hidden):
+    """Those of a source's keys and values are 32 MiB, in pages that are made when somebody writes to them."""
+    hides = f"present=(torch.arange(4) >= {hidden}).expand(2, -1), "
     case = {**PLAIN, "DTYPE": "float32", "VISIBLE": hides}
     used, held = peak(BACKEND="cpu", QUERIES=512, KEYS=4096, **case)
-    assert abs(used - (held - 128 * (1 - seen))) < 14, (used, held)
+    assert abs(used - (held - 32 * hidden)) < 14, (used, held)
+
+
+def test_gradients_of_a_large_hidden_source_are_zeros_to_write_to():
+    query, *kv = (torch.randn(2, 4, rows, 64, requires_grad=True) for rows in (3, 4096, 4096, 5, 5))
+    with backend("cpu"):
+        cross_attention(query, [kv[:2], kv[2:]], present=torch.tensor([[False, True]] * 2)).sum().backward()
+    assert all(t.grad.count_nonzero() == 0 for t in kv[:2]) and all(t.grad.any() for t in kv[2:])
+    kv[0].grad += 1
+    assert (kv[0].grad == 1).all() and kv[1].grad.count_nonzero() == 0
 
 
 @pytest.mark.memory

@@ -230,6 +230,10 @@ void sigmoid_backward(T* g, int64_t stride, const Acc<T>* s, int64_t rows, int64
   of(g, stride, s, rows, columns, scale, bias, own, factor, sums);
 }
 
+float joined(bf16 upper, uint16_t lower) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(upper.bits) << 16 | lower);
+}
+
 void add_to_halves(bf16* const* upper, uint16_t* const* lower, const float* more, int64_t rows,
                    int64_t columns) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -237,8 +241,7 @@ void add_to_halves(bf16* const* upper, uint16_t* const* lower, const float* more
     bf16* __restrict const high = upper[i];
     uint16_t* __restrict const low = lower[i];
     for (int64_t c = 0; c < columns; ++c) {
-      const float sum = __builtin_bit_cast(float, high[c].bits << 16 | low[c]) + x[c];
-      const auto bits = __builtin_bit_cast(uint32_t, sum);
+      const auto bits = __builtin_bit_cast(uint32_t, joined(high[c], low[c]) + x[c]);
       high[c].bits = bits >> 16;
       low[c] = bits;
     }
@@ -246,7 +249,7 @@ void add_to_halves(bf16* const* upper, uint16_t* const* lower, const float* more
 }
 
 void join_halves(float* to, const bf16* upper, const uint16_t* lower, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = __builtin_bit_cast(float, upper[i].bits << 16 | lower[i]);
+  for (int64_t i = 0; i < n; ++i) to[i] = joined(upper[i], lower[i]);
 }
 
 template <class T>

@@ -51,9 +51,8 @@ LAYOUTS = {
     "one of 10 streams": Layout(sources=10, absent=0.9, by="present"),
 }
 
-# Its gradients lie in pages that come anew from the system each time, those of what is left alone in pages
-# that malloc has kept from the last round, unless MALLOC_MMAP_THRESHOLD_ keeps it from that.
-FRESH = LAYOUTS["90 % absent by length"]
+# Nine tenths of its gradients are zeros, which have to be written: see docs/ops/cross_attention.md.
+ZEROS = LAYOUTS["90 % absent by length"]
 
 
 def works(device: str | None = None) -> list[Work]:
@@ -80,7 +79,7 @@ def works(device: str | None = None) -> list[Work]:
                 flops=4.0 * layout.batch * layout.heads * layout.queries * layout.seen * layout.depth
                 * (3.5 if backward else 1),
                 required={}
-                if backward and layout is FRESH
+                if backward and layout is ZEROS
                 else {"alone": 1 / 1.15 if layout.absent else 1 / 1.1},
             )
         )  # fmt: skip

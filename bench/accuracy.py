@@ -2,7 +2,8 @@
 
 ``python -m mmfast.bench.accuracy configs/digits.yaml --seeds 5`` trains every variant once per seed and
 prints a table with 95 % intervals; ``--stock`` trains the same model by the stock loop too. ``--fusions``
-trains the model with every fusion instead, and tells how it does where modalities are missing.
+trains the model with every fusion instead, or with those it names, and tells how it does where modalities are
+missing.
 ``examples/demo.py`` uses the same functions with one seed.
 """
 
@@ -60,16 +61,20 @@ def variants(config: Config) -> dict[str, Config]:
     return {"all": variant("all"), **alone, "article": replace(variant("article"), model=ArticleConfig())}
 
 
-def fusions(config: Config) -> dict[str, Config]:
-    """The job with every fusion there is, each at the width that it has."""
+def fusions(config: Config, names: Sequence[str] = ()) -> dict[str, Config]:
+    """The job with every fusion there is, or with the named ones, each at the width that it has."""
     model = config.model
     assert isinstance(model, ModelConfig)
+    kinds = {kind.__name__: kind for kind in FusionConfig.__subclasses__()}
+    for name in names:
+        if name not in kinds:
+            raise UserError(f"--fusions: {name} is none, wanted some of {', '.join(kinds)}")
 
     def variant(kind: Callable[..., FusionConfig], name: str) -> Config:
         trainer = replace(config.trainer, out=f"{config.trainer.out}/{name}", overwrite=True)
         return replace(config, model=replace(model, fusion=kind(dim=model.fusion.dim)), trainer=trainer)
 
-    return {kind.__name__: variant(kind, kind.__name__) for kind in FusionConfig.__subclasses__()}
+    return {name: variant(kinds[name], name) for name in names or kinds}
 
 
 def with_missing(by_modalities: dict[str, float], share: float) -> float:
@@ -173,7 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", help="as for mmfast fit; further options override its keys")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--stock", action="store_true", help="train by the stock loop too")
-    parser.add_argument("--fusions", action="store_true", help="with every fusion, instead of every modality")
+    parser.add_argument(
+        "--fusions", nargs="*", metavar="FUSION", help="with these, or every one, instead of every modality"
+    )
     options, overrides = parser.parse_known_args(arguments)
     try:
         config = load_config(options.config, overrides)
@@ -182,8 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for seed in range(options.seeds):
             data = replace(config.data, seed=seed)
             seeded = replace(config, data=data, trainer=replace(config.trainer, seed=seed))
-            for name, variant in (fusions if options.fusions else variants)(seeded).items():
-                one = learn(variant, every_subset=options.fusions, quiet=True)
+            jobs = variants(seeded) if options.fusions is None else fusions(seeded, options.fusions)
+            for name, variant in jobs.items():
+                one = learn(variant, every_subset=options.fusions is not None, quiet=True)
                 outcomes.setdefault(name, []).append(one)
                 print(f"seed {seed}, {name}: {one.accuracy:.3f}", flush=True)
             if options.stock:
@@ -191,7 +199,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"seed {seed}, stock loop: {stock[-1]:.3f}", flush=True)
         scores = {name: [one.accuracy for one in learnt] for name, learnt in outcomes.items()}
         scores |= {"stock loop": stock} if stock else {}
-        words = fusion_table(outcomes) if options.fusions else table(scores, majority(Data(config.data)))
+        if options.fusions is None:
+            words = table(scores, majority(Data(config.data)))
+        else:
+            words = fusion_table(outcomes)
     except UserError as error:
         print(f"mmfast: error: {error}", file=sys.stderr)
         return 1
@@ -199,7 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mmfast: {stopped or 'interrupted'}", file=sys.stderr)
         return 130
     print(words)
-    name = Path(options.config).stem + "-fusions" * options.fusions
+    name = Path(options.config).stem
+    if options.fusions is not None:
+        name += "-" + "-".join(options.fusions or ["fusions"])
     record = {
         "name": name,
         "scores": scores,

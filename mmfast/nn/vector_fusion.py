@@ -148,9 +148,15 @@ class LowRankFusion(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Each factor's product and the output of about the variance of the inputs, the bias at 0."""
+        """Each factor's product is 1 and a random part, the output of about the variance of the inputs.
+
+        So a new layer adds up what each modality gives and what they give together. With random rows for the
+        1 too it would begin with the product of all modalities alone, which learns less in the same time.
+        """
+        variance = 2 ** (1 / len(self.factors)) - 1  # that of the product is 1 then
         for factor in self.factors:
-            nn.init.normal_(factor, std=factor.shape[1] ** -0.5)
+            nn.init.normal_(factor, std=(variance / max(1, factor.shape[1] - 1)) ** 0.5)
+            nn.init.ones_(factor[:, -1])
         nn.init.normal_(self.rank_weight, std=len(self.rank_weight) ** -0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)

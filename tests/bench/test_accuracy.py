@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from mmfast.bench.accuracy import Outcome, fusion_table, fusions, subsets, with_missing
+from mmfast.errors import UserError
 from mmfast.models import build_model
 from mmfast.train import load_config
 
@@ -49,3 +50,6 @@ def test_every_fusion_is_tried_at_the_same_width():
         data = SimpleNamespace(modalities=job.data.modalities, vocab_size=100, num_classes=10)
         assert build_model(job.model, data).fusion.dim == 128
     assert len({job.trainer.out for job in jobs.values()}) == len(jobs)
+    assert list(fusions(load_config(DIGITS), ["Gated", "Concat"])) == ["Gated", "Concat"]
+    with pytest.raises(UserError, match="--fusions: Sum is none, wanted some of Concat, Attention"):
+        fusions(load_config(DIGITS), ["Sum"])

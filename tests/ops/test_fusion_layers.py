@@ -98,6 +98,14 @@ def test_low_rank_starts_with_outputs_of_the_size_of_its_inputs():
     assert 0.5 < out.std() < 2
 
 
+def test_low_rank_starts_with_what_each_modality_gives_alone():
+    layer = LowRankFusion(SIZES, 6, rank=2).double()
+    x, *others = vectors()
+    zeros = [torch.zeros_like(t) for t in others]
+    alone = torch.einsum("bi,rio,r->bo", x, layer.factors[0][:, :-1], layer.rank_weight)
+    close(layer([x, *zeros]), layer.rank_weight.sum() + alone)
+
+
 def transformer_layer(block, x):
     """A pre-norm Transformer layer with the block's weights, one sequence [S, E] at a time."""
     attention, heads = block.attention, block.attention.heads

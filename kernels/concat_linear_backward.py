@@ -34,7 +34,7 @@ UNTUNED = {
         "grad_input_few_rows.tf32": blocks(32, 64, 32, num_warps=4, num_stages=3),
         "grad_input_few_rows.ieee": blocks(32, 32, 16, num_warps=4, num_stages=2),
         "grad_weight.half": blocks(128, 128, 32, num_warps=8, num_stages=4),
-        "grad_weight.tf32": blocks(64, 64, 32, num_warps=8, num_stages=3),
+        "grad_weight.tf32": blocks(64, 64, 32, num_warps=8, num_stages=2),
         "grad_weight.ieee": blocks(64, 64, 16, num_warps=8, num_stages=2),
     },
     90: {
@@ -49,6 +49,10 @@ UNTUNED = {
         "grad_weight.ieee": blocks(64, 64, 16, num_warps=8, num_stages=2),
     },
 }
+UNTUNED[100] = {
+    **UNTUNED[90],
+    "grad_input.tf32": blocks(128, 64, 32, num_warps=8, num_stages=3),
+}  # else it spills
 
 _CHUNK = 256  # rows whose presence is looked up together
 _PROGRAMS = (

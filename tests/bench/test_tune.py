@@ -71,7 +71,7 @@ def test_kernels_are_found_in_the_ops_own_modules():
     pytest.importorskip("triton")
     found = tune.untuned("concat_linear", 90)
     assert {"forward.half", "grad_weight.ieee"} <= found.keys()  # from two modules
-    assert all(blocks.keys() == BLOCKS.keys() for blocks in found.values())
+    assert all(blocks.keys() - {"DESCRIPTORS"} == BLOCKS.keys() for blocks in found.values())
     found = tune.untuned("cross_attention", 90)
     assert {"forward_64.half", "grad_query_128.tf32", "grad_source_256.ieee"} <= found.keys()
     assert all(blocks.keys() == BLOCKS.keys() - {"BLOCK_K"} for blocks in found.values())

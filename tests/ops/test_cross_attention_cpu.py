@@ -1,5 +1,6 @@
 """What only the C++ kernels of cross_attention promise: every instruction set, threads and memory."""
 
+import itertools
 import os
 import timeit
 from functools import partial
@@ -267,7 +268,10 @@ def test_the_way_to_the_kernel_takes_the_host_little_time():
         "all": lambda: cross_attention(query, sources),
         "kernel": lambda: kernel(query, keys, values, none, none, None, [False] * 3, None, None, False),
     }
-    fastest = {name: min(timeit.repeat(call, number=100, repeat=30)) / 100 for name, call in calls.items()}
+    fastest = dict.fromkeys(calls, float("inf"))
+    for _, (name, call) in itertools.product(range(10), calls.items()):  # others use the machine for a while
+        fastest[name] = min(fastest[name], *timeit.repeat(call, number=10, repeat=100))
+    fastest = {name: seconds / 10 for name, seconds in fastest.items()}
     assert fastest["all"] - fastest["kernel"] <= 15e-6, fastest
 
 

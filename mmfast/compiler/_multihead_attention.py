@@ -24,9 +24,8 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
         return None
     given: dict[str, Any] = SIGNATURE.bind(*layer.args, **layer.kwargs).arguments
     query, padding = given["query"], given.get("key_padding_mask")
-    if any(
-        value(given[t]) is None or len(shape(given[t])) != 3 for t in ("query", "key", "value")
-    ):  # [L, B, E]
+    sequences = query, given["key"], given["value"]  # [L, B, E], where there is a batch
+    if any(value(x) is None or len(shape(x)) != 3 for x in sequences):
         return None
     key, values = streams(given["key"], 0), streams(given["value"], 0)
     hidden, passed = (None, list[Node]()) if padding is None else _hidden(padding)

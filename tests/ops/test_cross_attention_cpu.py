@@ -1,7 +1,7 @@
 """What only the C++ kernels of cross_attention promise: every instruction set, threads and memory."""
 
-import itertools
 import os
+import time
 import timeit
 from functools import partial
 from pathlib import Path
@@ -268,11 +268,11 @@ def test_the_way_to_the_kernel_takes_the_host_little_time():
         "all": lambda: cross_attention(query, sources),
         "kernel": lambda: kernel(query, keys, values, none, none, None, [False] * 3, None, None, False),
     }
-    fastest = dict.fromkeys(calls, float("inf"))
-    for _, (name, call) in itertools.product(range(10), calls.items()):  # others use the machine for a while
-        fastest[name] = min(fastest[name], *timeit.repeat(call, number=10, repeat=100))
-    fastest = {name: seconds / 10 for name, seconds in fastest.items()}
-    assert fastest["all"] - fastest["kernel"] <= 15e-6, fastest
+    fastest, end = dict.fromkeys(calls, float("inf")), time.monotonic() + 60
+    while not fastest["all"] - fastest["kernel"] <= 15e-6:
+        assert time.monotonic() < end, fastest  # until then others may have the machine
+        for name, call in calls.items():
+            fastest[name] = min(fastest[name], min(timeit.repeat(call, number=100, repeat=30)) / 100)
 
 
 PEAK = """

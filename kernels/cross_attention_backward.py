@@ -1,9 +1,9 @@
 """Triton kernels of the backward of ``cross_attention``, and their launcher.
 
 With weights P = softmax(logits): dV = P.T dO, dS = P * (dO V.T - delta), dQ = scale * dS K, dK = scale * dS.T
-Q and the bias of a source gets the sum of its dS. Weights are made again from the log-sum-exp. One launch
-goes through the sources for a block of queries (dQ, bias), one through the queries for a block of keys of one
-source (dK, dV): every sum has one owner and one order.
+Q and the bias of a source gets the sum of its dS. Weights are made again from each row's normalizers. One
+launch goes through the sources for a block of queries (dQ, bias), one through the queries for a block of keys
+of one source (dK, dV): every sum has one owner and one order.
 """
 
 from collections.abc import Sequence
@@ -136,19 +136,20 @@ def count_up_to_two(count, source, sample, end):
 
 @triton.jit
 def differentiate(
-    q, g, lse, delta, dq, key, key_stride, value, value_stride, mask, is_masked, scale, bias, end, first,
-    last, ROWS_DIFFER: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr,
+    q, g, top, inverse, delta, dq, key, key_stride, value, value_stride, mask, is_masked, scale, bias, end,
+    first, last,
+    ROWS_DIFFER: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys from ``first`` to ``last`` to ``dq`` [M, D], and returns with it each row's sum of dS."""
-    total = tl.zeros_like(lse)
+    total = tl.zeros_like(delta)
     for k0 in tl.range(first, last, BLOCK_N, num_stages=1 if ROWS_DIFFER else None):
         k = k0 + tl.arange(0, BLOCK_N)
         inside = unmasked(mask, is_masked, k, k < last)  # [N]
         keys = load_rows(key, key_stride, k, inside, DEPTH, BLOCK_D)  # [N, D]
         values = load_rows(value, value_stride, k, inside, VALUE_DEPTH, BLOCK_DV)  # [N, Dv]
-        logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale + bias  # [M, N]
-        weights = tl.exp2(logits - lse[:, None])
+        dots = tl.dot(q, tl.trans(keys), input_precision=PRECISION)  # [M, N]
+        weights = tl.exp2(dots * scale + (bias - top)[:, None]) * inverse[:, None]
         ds = weights * (tl.dot(g, tl.trans(values), input_precision=PRECISION) - delta[:, None])
         if ROWS_DIFFER:
             ds = tl.where(inside[None, :] & (k[None, :] < end[:, None]), ds, 0.0)
@@ -162,7 +163,7 @@ def differentiate(
 
 @triton.jit(do_not_specialize=["present_step", "flag_step", "num_sources", "queries", "heads", "group"])
 def grad_query_kernel(
-    grad_query, bias_sum, grad, grad_strides, lse, delta, alone, query, query_strides, sources,
+    grad_query, bias_sum, grad, grad_strides, normalizers, delta, alone, query, query_strides, sources,
     present, present_step, flag_step, source_bias, bias_strides, num_sources, scale, queries, heads, group,
     PRECISION: tl.constexpr, DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -178,13 +179,15 @@ def grad_query_kernel(
     block = blocks - 1 - tl.program_id(0) % blocks
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     real = row < queries
+    rows = (tl.num_programs(0) // blocks).to(tl.int64) * queries
     at = both.to(tl.int64) * queries + row
     q = load_rows(start_of(query, query_strides, sample, head), query_strides[2], row, real, DEPTH, BLOCK_D)
     g = load_rows(
         start_of(grad, grad_strides, sample, head), grad_strides[2], row, real, VALUE_DEPTH, BLOCK_DV
     )
     g = tl.where((tl.load(alone + at, mask=real, other=1) == 0)[:, None], g, 0.0)
-    log_sum = tl.load(lse + at, mask=real, other=0.0) * LOG2E
+    top = tl.load(normalizers + at, mask=real, other=0.0)
+    inverse = tl.load(normalizers + rows + at, mask=real, other=0.0)
     d = tl.load(delta + at, mask=real, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if SPLIT:
@@ -204,7 +207,7 @@ def grad_query_kernel(
         if mask is not None:
             mask += sample.to(tl.int64) * size_of(source)
         dq, inner = differentiate(
-            q, g, log_sum, d, dq, key, source.key_strides[2], value, source.value_strides[2], mask,
+            q, g, top, inverse, d, dq, key, source.key_strides[2], value, source.value_strides[2], mask,
             (source.packed & 4) != 0, scale * LOG2E, bias * LOG2E, end, first, whole, False,
             PRECISION, DEPTH, VALUE_DEPTH, BLOCK_D, BLOCK_DV, BLOCK_N,
         )  # fmt: skip
@@ -213,7 +216,7 @@ def grad_query_kernel(
             last = tl.minimum(last, (tile + share) * BLOCK_N)
             tile -= tl.cdiv(most, BLOCK_N)  # from here on counted in the next source
         dq, edge = differentiate(
-            q, g, log_sum, d, dq, key, source.key_strides[2], value, source.value_strides[2], mask,
+            q, g, top, inverse, d, dq, key, source.key_strides[2], value, source.value_strides[2], mask,
             (source.packed & 4) != 0, scale * LOG2E, bias * LOG2E, end, whole, last, True,
             PRECISION, DEPTH, VALUE_DEPTH, BLOCK_D, BLOCK_DV, EDGE,
         )  # fmt: skip
@@ -223,7 +226,7 @@ def grad_query_kernel(
             tl.store(bias_sum + line * blocks + block, total, mask=i < num_sources)
     if grad_query is not None:
         if SPLIT:
-            at += tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // blocks) * queries
+            at += tl.program_id(1) * rows
         d = tl.arange(0, BLOCK_D)
         tl.store(
             grad_query + at[:, None] * DEPTH + d[None, :],
@@ -247,7 +250,7 @@ def rows_with(flags, flag_step, queries, CHUNK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["present_step", "flag_step", "queries", "kv_heads", "group"])
 def grad_source_kernel(
-    grad, grad_strides, lse, delta, alone, query, query_strides, sources,
+    grad, grad_strides, normalizers, delta, alone, query, query_strides, sources,
     present, present_step, flag_step, source_bias, bias_strides, scale, queries, kv_heads, group,
     PRECISION: tl.constexpr, DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -317,6 +320,7 @@ def grad_source_kernel(
         )
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    rows = (tl.num_programs(0) // blocks).to(tl.int64) * (group * queries)
     for reader in range(group):
         head = kv_head * group + reader
         bias = 0.0
@@ -328,16 +332,18 @@ def grad_source_kernel(
         for row0 in range(first_row, tl.where(bias == float("-inf"), first_row, last_row), BLOCK_M):
             row = row0 + tl.arange(0, BLOCK_M)
             end = ends_of(row, queries, limit, lead, flags, flag_step)  # [M]
-            log_sum = tl.load(lse + row_of + row, mask=row < queries, other=0.0) * LOG2E
+            top = tl.load(normalizers + row_of + row, mask=row < queries, other=0.0)
+            inverse = tl.load(normalizers + rows + row_of + row, mask=row < queries, other=0.0)
             d = tl.load(delta + row_of + row, mask=row < queries, other=0.0)
             sees = end > k0
             if mask is not None:
-                sees &= log_sum != float("-inf")
+                sees &= top != float("-inf")
             q = load_rows(q_start, query_strides[2], row, sees, DEPTH, BLOCK_D)  # [M, D]
             g = load_rows(g_start, grad_strides[2], row, sees, VALUE_DEPTH, BLOCK_DV)  # [M, Dv]
             seen = inside[:, None] & (k[:, None] < end[None, :])
-            logits = tl.dot(keys, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) + bias * LOG2E
-            weights = tl.where(seen, tl.exp2(logits - log_sum[None, :]), 0.0)  # [N, M]
+            dots = tl.dot(keys, tl.trans(q), input_precision=PRECISION)  # [N, M]
+            shifted = dots * (scale * LOG2E) + (bias * LOG2E - top)[None, :]
+            weights = tl.where(seen, tl.exp2(shifted) * inverse[None, :], 0.0)
             if grad_value is not None:
                 dv = tl.dot(weights.to(g.dtype), g, dv, input_precision=PRECISION)
             if grad_key is not None:
@@ -363,8 +369,8 @@ def store_rows(start, x, row, real, seen, WIDTH: tl.constexpr, BLOCK: tl.constex
 def cross_attention_backward(
     grad: Tensor, grad_lse: Tensor | None, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor],
     lengths: Sequence[Tensor | None], masks: Sequence[Tensor | None], present: Tensor | None,
-    causal: Sequence[bool], source_bias: Tensor | None, scale: float | None, out: Tensor, lse: Tensor,
-    needs: Sequence[bool],
+    causal: Sequence[bool], source_bias: Tensor | None, scale: float | None, out: Tensor,
+    normalizers: Tensor, needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Launches the backward; arguments and results are those of
     ``torch.ops.mmfast.cross_attention_backward``.
@@ -376,7 +382,7 @@ def cross_attention_backward(
     batch, heads, queries, _ = query.shape
     n, kv_heads = len(keys), keys[0].shape[1]
     inputs = (query, *keys, *values, source_bias)
-    if lse.numel() == 0:
+    if normalizers.numel() == 0:
         return [
             t.new_zeros(t.shape) for t, needed in zip(inputs, needs, strict=True) if t is not None and needed
         ]
@@ -386,8 +392,9 @@ def cross_attention_backward(
         for t, needed in zip(inputs, needs, strict=True)
     ]
     grad_query, grad_keys, grad_values, grad_bias = made[0], made[1 : n + 1], made[n + 1 : -1], made[-1]
-    query, grad, out, lse = dense(query), dense(grad), dense(out), lse.contiguous()
-    delta, alone = torch.empty_like(lse), torch.empty_like(lse, dtype=torch.bool)
+    query, grad, out, normalizers = dense(query), dense(grad), dense(out), normalizers.contiguous()
+    delta = torch.empty_like(normalizers[0])
+    alone = torch.empty_like(delta, dtype=torch.bool)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     seen_by = (*presence(present), *bias_of_sources(source_bias))
     with on(query.device):
@@ -397,16 +404,16 @@ def cross_attention_backward(
             sources_of(keys, values, lengths, masks, causal), *seen_by, queries, heads,
             VALUE_DEPTH=depth["VALUE_DEPTH"], BLOCK_DV=depth["BLOCK_DV"], BLOCK_M=8,
         )  # fmt: skip
-        upstream = grad, grad.stride()[:3], lse, delta, alone, query, query.stride()[:3]
+        upstream = grad, grad.stride()[:3], normalizers, delta, alone, query, query.stride()[:3]
 
         if grad_query is not None or grad_bias is not None:
             options = configuration("cross_attention", f"grad_query_{size}", query, query.dtype, UNTUNED)
             blocks = triton.cdiv(queries, options["BLOCK_M"])
             splits = splits_of(batch * heads * blocks, keys, options["num_warps"])
-            bias_sum = None if grad_bias is None else lse.new_empty(batch, heads, n, splits * blocks)
+            bias_sum = None if grad_bias is None else delta.new_empty(batch, heads, n, splits * blocks)
             parts = grad_query
             if grad_query is not None and splits > 1:
-                parts = lse.new_empty(splits, *query.shape)
+                parts = delta.new_empty(splits, *query.shape)
             grad_query_kernel[batch * heads * blocks, splits](
                 parts, bias_sum, *upstream, sources_of(keys, values, lengths, masks, causal), *seen_by,
                 n, scale, queries, heads, heads // kv_heads, **depth, **options, SPLIT=splits > 1,

@@ -19,7 +19,7 @@ LIB.define(
     "cross_attention_split.cuda(Tensor query, Tensor[] keys, Tensor[] values, Tensor?[] lengths, "
     "Tensor?[] masks, Tensor? present, bool[] causal, Tensor? source_bias, float scale, int block, "
     "int splits, Tensor(a!) parts, Tensor(b!) totals, Tensor(c!) tops, Tensor(d!) out, Tensor(e!) lse, "
-    "Tensor(f!)? mass) -> ()"
+    "Tensor(f!) normalizers, Tensor(g!)? mass) -> ()"
 )
 SPLIT = torch.ops.mmfast.cross_attention_split.cuda
 torch.library.register_fake("mmfast::cross_attention_split.cuda", lambda *args: None, lib=LIB)
@@ -79,8 +79,9 @@ def cross_attention(
         )
     out = query.new_empty(batch, heads, queries, value_depth)
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
-    shares = lse.new_empty(batch, heads, queries, len(keys)) if mass else None
-    made = [t for t in (out, lse, shares) if t is not None]
+    normalizers = lse.new_empty(2, *lse.shape)
+    shares = lse.new_empty(*lse.shape, len(keys)) if mass else None
+    made = [t for t in (out, lse, normalizers, shares) if t is not None]
     if lse.numel() == 0:
         return made
 
@@ -94,7 +95,7 @@ def cross_attention(
     SPLIT(
         dense(query), [dense(key) for key in keys], [dense(value) for value in values], lengths, masks,
         present, causal, source_bias, depth**-0.5 if scale is None else scale, cut.block, cut.splits, parts,
-        totals, tops, out, lse, shares,
+        totals, tops, out, lse, normalizers, shares,
     )  # fmt: skip
     return made
 

@@ -126,11 +126,13 @@ Tensors forward(const Attention<T>& a, bool want_mass) {
   constexpr int64_t KEYS = AttentionKernels<T>::KEYS;
   const Shape rows_shape{a.batch, a.heads, a.queries};
   Tensors made{empty({a.batch, a.heads, a.queries, a.value_depth}, scalar_type<T>),
-               empty(rows_shape, scalar_type<A>)};
+               empty(rows_shape, scalar_type<A>), empty({2, a.batch, a.heads, a.queries}, scalar_type<A>)};
   if (want_mass) made.push_back(empty({a.batch, a.heads, a.queries, a.sources}, scalar_type<A>));
   T* const out = data<T>(made[0]);
   A* const lse = data<A>(made[1]);
-  A* const mass = want_mass ? data<A>(made[2]) : nullptr;
+  A* const max_of = data<A>(made[2]);
+  A* const inverse_of = max_of + a.batch * a.heads * a.queries;
+  A* const mass = want_mass ? data<A>(made[3]) : nullptr;
 
   // Adds up parts of the keys, which is one part where there is work enough without.
   const auto finish = [&](const Task& task, Partial<T>* partials, int64_t count) {
@@ -146,9 +148,11 @@ Tensors forward(const Attention<T>& a, bool want_mass) {
           if (const A sum = partials[s].source_total.row(r)[i]; sum != 0)
             of_source[i] += sum * factor(partials[s].source_max.row(r)[i]);
       const auto total = std::accumulate(of_source.begin(), of_source.end(), Wider<A>(0));
+      const Wider<A> inverse = total == 0 ? 0 : 1 / total;
       lse[to] = total == 0 ? -std::numeric_limits<A>::infinity() : max / LOG2_E<Wider<A>> + std::log(total);
-      for (int64_t i = 0; mass && i < a.sources; ++i)
-        mass[to * a.sources + i] = total == 0 ? 0 : of_source[i] / total;
+      max_of[to] = max;
+      inverse_of[to] = inverse;
+      for (int64_t i = 0; mass && i < a.sources; ++i) mass[to * a.sources + i] = of_source[i] * inverse;
       auto& sums = partials[0].sums;
       if (count > 1) sums.scale(r, factor(*partials[0].max.row(r)));
       for (int64_t s = 1; s < count; ++s)
@@ -156,7 +160,7 @@ Tensors forward(const Attention<T>& a, bool want_mass) {
           for (int64_t p = 0; p < sums.panels(); ++p)
             row_kernels<A>().accumulate(sums.row(r, p), f, partials[s].sums.row(r, p),
                                         tile_kernels<T>().columns);
-      sums.put(out + to * a.value_depth, r, total == 0 ? 0 : 1 / total, a.value_depth);
+      sums.put(out + to * a.value_depth, r, inverse, a.value_depth);
     }
   };
 

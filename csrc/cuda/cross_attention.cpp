@@ -50,7 +50,7 @@ void forward(const Tensor& query, const Tensors& keys, const Tensors& values,
              const std::vector<Maybe>& lengths, const std::vector<Maybe>& masks, const Maybe& present,
              const std::vector<bool>& causal, const Maybe& source_bias, double scale, int64_t block,
              int64_t splits, const Tensor& parts, const Tensor& totals, const Tensor& tops, const Tensor& out,
-             const Tensor& lse, const Maybe& mass) {
+             const Tensor& lse, const Tensor& normalizers, const Maybe& mass) {
   const size_t n = keys.size();
   STD_TORCH_CHECK(n <= kSources, "cross_attention: got ", n, " sources, wanted at most ", kSources);
   Attention a{};
@@ -85,6 +85,7 @@ void forward(const Tensor& query, const Tensors& keys, const Tensors& values,
   a.tops = static_cast<float*>(tops.mutable_data_ptr());
   a.out = out.mutable_data_ptr();
   a.lse = static_cast<float*>(lse.mutable_data_ptr());
+  a.normalizers = static_cast<float*>(normalizers.mutable_data_ptr());
   a.mass = static_cast<float*>(data_of(mass));
   STD_TORCH_CHECK(slots_of(a) == parts.size(0) && slots_of(a) <= kSlots, "cross_attention: ", parts.size(0),
                   " slots do not fit ", splits, " splits of blocks of ", block, " rows");

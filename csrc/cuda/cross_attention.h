@@ -39,12 +39,13 @@ struct Attention {
   float scale;
   bool aligned;  // as of a source
   // What each slot, a warp's share of a split, found; rows in the order of row_of.
-  float* parts;   // [slots, B Hkv rows, value_depth]: sums of 2 ** (logit - top) * value
-  float* totals;  // [slots, B Hkv rows, n]: sums of 2 ** (logit - top), each below its own top
-  float* tops;    // [slots, B Hkv rows, n]: the highest logit so far; the last one is that of parts
-  void* out;      // [B, H, L, value_depth]
-  float* lse;     // [B, H, L]
-  float* mass;    // [B, H, L, n]; null: not wanted
+  float* parts;        // [slots, B Hkv rows, value_depth]: sums of 2 ** (logit - top) * value
+  float* totals;       // [slots, B Hkv rows, n]: sums of 2 ** (logit - top), each below its own top
+  float* tops;         // [slots, B Hkv rows, n]: the highest logit so far; the last one is that of parts
+  void* out;           // [B, H, L, value_depth]
+  float* lse;          // [B, H, L]
+  float* normalizers;  // [2, B, H, L]: the top, and the reciprocal of the sum of 2 ** (logit - top)
+  float* mass;         // [B, H, L, n]; null: not wanted
 };
 
 MM_HOST_DEVICE int32_t group_of(const Attention& a) { return a.heads / a.kv_heads; }

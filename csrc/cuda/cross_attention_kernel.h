@@ -476,7 +476,8 @@ MM_DEVICE float over_warp(float x, F f) {
   return x;
 }
 
-// A warp's part: output, lse and mass of one row from what all slots found. `weights` has kSlots of its own.
+// A warp's part: output, lse, normalizers and mass of one row from what all slots found. `weights` has kSlots
+// of its own.
 template <class T>
 MM_DEVICE void merge(const Attention& a, int64_t at, float* weights) {
   const int lane = thread_index() % 32, n = a.num_sources;
@@ -503,7 +504,7 @@ MM_DEVICE void merge(const Attention& a, int64_t at, float* weights) {
     total += share;
     if (lane == i) own = share;
   }
-  const float whole = total == 0.0f ? 1.0f : total;  // 0: nothing is seen, the highest logit alone adds 1
+  const float inverse = 1 / (total == 0.0f ? 1.0f : total);  // 0: nothing is seen, else the top alone adds 1
 
   const int64_t both = at / rows, sample = both / a.kv_heads;
   const Row row = row_of(a, both % a.kv_heads, static_cast<int32_t>(at % rows));
@@ -513,10 +514,14 @@ MM_DEVICE void merge(const Attention& a, int64_t at, float* weights) {
     float sum = 0.0f;
     for (int slot = 0; slot < slots_of(a); ++slot)
       sum += weights[slot] * a.parts[(slot * all + at) * a.value_depth + column];
-    static_cast<T*>(a.out)[to * a.value_depth + column] = rounded<T>(sum / whole);
+    static_cast<T*>(a.out)[to * a.value_depth + column] = rounded<T>(sum * inverse);
   }
-  if (lane == 0) a.lse[to] = (top + log2f(whole)) / kLog2e;
-  if (a.mass && lane < n) a.mass[to * n + lane] = own / whole;
+  if (lane == 0) {
+    a.lse[to] = (top - log2f(inverse)) / kLog2e;
+    a.normalizers[to] = top;
+    a.normalizers[to + all] = inverse;
+  }
+  if (a.mass && lane < n) a.mass[to * n + lane] = own * inverse;
 }
 
 template <class T, int DEPTH>

@@ -127,7 +127,7 @@ def cross_attention(
             backend, causal, scale, return_stats, present, *lengths, *masks, *distinct(*tensors)
         )
     else:
-        out, lse, *mass = _FORWARD[backend](
+        out, lse, _, *mass = _FORWARD[backend](
             query, keys, values, lengths, masks, present, causal, source_bias, scale, return_stats
         )
     return (out, AttentionStats(lse, mass[0])) if return_stats else out
@@ -148,14 +148,13 @@ class _CrossAttention(torch.autograd.Function):
         n = len(causal)
         lengths, masks = list(tensors[:n]), list(tensors[n : 2 * n])
         query, *kv, source_bias = tensors[2 * n :]
-        made = _FORWARD[backend](
+        out, lse, normalizers, *shares = _FORWARD[backend](
             query, kv[:n], kv[n:], lengths, masks, present, causal, source_bias, scale, mass
         )
         ctx.options = backend, causal, scale
-        ctx.save_for_backward(present, *tensors, *made[:2])
-        if mass:
-            ctx.mark_non_differentiable(made[2])
-        return tuple(made)
+        ctx.save_for_backward(present, *tensors, out, normalizers)
+        ctx.mark_non_differentiable(*shares)
+        return out, lse, *shares
 
     @staticmethod
     @once_differentiable
@@ -164,7 +163,7 @@ class _CrossAttention(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         backend, causal, scale = ctx.options
         n = len(causal)
-        present, *tensors, out, lse = ctx.saved_tensors
+        present, *tensors, out, normalizers = ctx.saved_tensors
         lengths, masks = tensors[:n], tensors[n : 2 * n]
         query, *kv, source_bias = tensors[2 * n :]
         if grad is None:
@@ -172,7 +171,7 @@ class _CrossAttention(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[5 + 2 * n :])
         grads = iter(_BACKWARD[backend](
             grad, grad_lse, query, kv[:n], kv[n:], lengths, masks, present, causal, source_bias, scale,
-            out, lse, needs,
+            out, normalizers, needs,
         ))  # fmt: skip
         return (*[None] * (5 + 2 * n), *[next(grads) if needed else None for needed in needs])
 
@@ -299,7 +298,11 @@ def _forward_fake(
 ) -> list[Tensor]:
     rows = query.shape[:3]
     wide = torch.promote_types(query.dtype, torch.float32)
-    made = [query.new_empty(*rows, values[0].shape[3]), query.new_empty(rows, dtype=wide)]
+    made = [
+        query.new_empty(*rows, values[0].shape[3]),
+        query.new_empty(rows, dtype=wide),
+        query.new_empty(2, *rows, dtype=wide),
+    ]
     if mass:
         made.append(query.new_empty(*rows, len(keys), dtype=wide))
     return made
@@ -318,16 +321,19 @@ def _backward_fake(
     source_bias: Tensor | None,
     scale: float | None,
     out: Tensor,
-    lse: Tensor,
+    normalizers: Tensor,
     needs: list[bool],
 ) -> list[Tensor]:
     inputs = (query, *keys, *values, source_bias)
     return [t.new_empty(t.shape) for t, needed in zip(inputs, needs, strict=True) if t is not None and needed]
 
 
-# The forward makes the output, the logarithm of each row's sum of exponentials, and the share of each source
-# if `mass`. The backward makes the gradients that `needs` asks for, in the order query, *keys, *values,
-# source_bias, which is [B, H, n] and as wide as the sums.
+# The forward makes the output, the logarithm of each row's sum of exponentials, its normalizers, and if
+# `mass` the share of each source. Normalizers [2, B, H, L] are a maximum of the logits in units of ln 2, and
+# the reciprocal of the sum of 2 ** (logit - maximum); nobody reads those of a row that sees nothing. Weights
+# made again from the logarithm would carry its rounding, which grows with the logits and is common to the
+# row. The backward makes the gradients that `needs` asks for, in the order query, *keys, *values,
+# source_bias; the last is [B, H, n] and as wide as the sums.
 _FORWARD = define(
     "cross_attention",
     "cross_attention",
@@ -340,6 +346,6 @@ _BACKWARD = define(
     "cross_attention_backward",
     "(Tensor grad, Tensor? grad_lse, Tensor query, Tensor[] keys, Tensor[] values, Tensor?[] lengths, "
     "Tensor?[] masks, Tensor? present, bool[] causal, Tensor? source_bias, float? scale, Tensor out, "
-    "Tensor lse, bool[] needs) -> Tensor[]",
+    "Tensor normalizers, bool[] needs) -> Tensor[]",
     _backward_fake,
 )

@@ -1,5 +1,7 @@
 """The ten promises for cross_attention, on every backend that is there, eager and compiled."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -232,6 +234,36 @@ def test_the_lse_alone_may_be_asked_for_its_gradient(name):
         return run
 
     check(lse(on(name)), lse(reference.cross_attention), arguments, torch.float32)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+@pytest.mark.parametrize("options", ["plain", "everything"])
+def test_any_scale(name, scale, options):
+    arguments = {**example_for(name, **OPTIONS[options]), "scale": scale}
+    check(all_of(on(name)), all_of(reference.cross_attention), arguments, torch.float32)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_weights_of_a_row_are_made_again_without_the_rounding_of_its_lse(name):
+    """Large logits, exact in float32: the gradients of values are the weights alone."""
+    sizes = 70, 1, 3
+    steps = torch.linspace(-2, 0, sum(sizes), dtype=torch.float64).mul(64).round() / 64
+    query = (8 + torch.arange(16, dtype=torch.float64) / 16)[:, None, None, None]
+    keys = (9 + steps)[None, None, :, None].expand(16, 1, -1, 1).split(sizes, 2)
+
+    def weights(op, dtype):
+        values = [torch.zeros(*key.shape, dtype=dtype, requires_grad=True) for key in keys]
+        sources = [(key.to(dtype), value) for key, value in zip(keys, values, strict=True)]
+        out, stats = op(query=query.to(dtype), sources=sources, scale=math.log(2), return_stats=True)
+        return stats.lse, torch.cat(torch.autograd.grad(out.sum(), values), 2)
+
+    (lse, meant), (_, made) = (
+        weights(reference.cross_attention, torch.float64),
+        weights(on(name), torch.float32),
+    )
+    assert lse.min() > 50 and lse.max() < 60
+    assert ((made - meant).abs() <= 8 * torch.finfo(torch.float32).eps * meant).all()
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -95,13 +95,14 @@ def test_opcheck(name, options):
         given = (*given[:7], given[7].float().expand(*given[0].shape[:2], 3), *given[8:])
     torch.library.opcheck(forward, given)
     torch.library.opcheck(forward, (*given[:-1], False))
-    out, lse, _ = forward(*given)
+    out, lse, normalizers, _ = forward(*given)
     bias = given[7] is not None
     for grad_lse, needs in (
         (None, [True] * 7 + [bias]),
         (torch.ones_like(lse), [False, True] * 3 + [True, bias]),
     ):
-        torch.library.opcheck(backward, (torch.ones_like(out), grad_lse, *given[:9], out, lse, needs))
+        arguments = torch.ones_like(out), grad_lse, *given[:9], out, normalizers, needs
+        torch.library.opcheck(backward, arguments)
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -45,6 +45,9 @@ PROMISES = {
         absence.test_a_query_that_sees_one_key_gets_no_gradient_from_its_weight("cpu", hidden_by)
         for hidden_by in ("nothing", "lengths", "masks", "present", "causal", "bias")
     ],
+    "of weights made again": partial(
+        suite.test_the_weights_of_a_row_are_made_again_without_the_rounding_of_its_lse, "cpu"
+    ),
     "of visible nan": partial(absence.test_visible_nan_propagates, "cpu"),
     "of the gradients of visible nan": lambda: [
         absence.test_visible_nan_propagates_to_the_gradients("cpu", part) for part in ("key", "value")

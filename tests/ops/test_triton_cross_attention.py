@@ -94,7 +94,7 @@ def test_splits_share_what_is_seen_and_not_what_is_hidden(splits, monkeypatch):
 
     class Combine:
         def __getitem__(self, grid):
-            return lambda *args, **_: tops.append(args[4])
+            return lambda *args, **_: tops.append(args[5])
 
     monkeypatch.setattr(cross_attention, "combine_kernel", Combine())
     monkeypatch.setattr(cross_attention, "splits_of", lambda *_: 6)

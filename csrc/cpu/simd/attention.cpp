@@ -83,12 +83,12 @@ void softmax(T* p, const Acc<T>* s, int64_t rows, const int64_t* row, const int6
 
 template <class T, bool WHOLE, bool ALONE>
 void softmax_backward_of(T* p, T* ds, const Acc<T>* s, const Acc<T>* dp, int64_t count, Acc<T> scale,
-                         Acc<T> shift, Acc<T> delta, Acc<T>* sums) {
+                         Acc<T> shift, Acc<T> inverse, Acc<T> delta, Acc<T>* sums) {
   using V = Vec<T>;
   V e[VECTORS<T>], total_p{}, total_ds{}, mean{};
 #pragma GCC unroll 16
   for (int v = 0; v < VECTORS<T>; ++v) {
-    e[v] = exp2<T>(part<T>(s, v) * scale + shift);
+    e[v] = exp2<T>(part<T>(s, v) * scale + shift) * inverse;
     if (!WHOLE) e[v] = among<T>(v, count) ? e[v] : V{};
     total_p += e[v];
   }
@@ -116,11 +116,11 @@ void softmax_backward_of(T* p, T* ds, const Acc<T>* s, const Acc<T>* dp, int64_t
 
 template <class T>
 void softmax_backward(T* p, T* ds, const Acc<T>* s, const Acc<T>* dp, int64_t count, Acc<T> scale,
-                      Acc<T> bias, Acc<T> lse, Acc<T> delta, bool alone, Acc<T>* sums) {
+                      Acc<T> bias, Acc<T> max, Acc<T> inverse, Acc<T> delta, bool alone, Acc<T>* sums) {
   const auto of = alone           ? softmax_backward_of<T, false, true>
                   : count == KEYS ? softmax_backward_of<T, true, false>
                                   : softmax_backward_of<T, false, false>;
-  of(p, ds, s, dp, count, scale, bias - lse, delta, sums);
+  of(p, ds, s, dp, count, scale, bias - max, inverse, delta, sums);
 }
 
 template <class A>

@@ -18,11 +18,12 @@ struct AttentionKernels {
   // before has to be multiplied with, since max grew. scale >= 0.
   void (*softmax)(T* p, const A* s, int64_t rows, const int64_t* row, const int64_t* keys, A scale,
                   const A* bias, A* max, A* sum, A* factor);
-  // p = 2^(x - lse), ds = p * (dp - delta), both 0 from `count` on. Unless sums is null, sums[0] += the sum
-  // of ds and sums[1] += that of p. With `alone` these are all keys that the row sees: p is made to add up to
-  // 1 and ds = p * (dp - the sum of p * dp - delta), which needs no rounded output: for one key it is exact.
-  void (*softmax_backward)(T* p, T* ds, const A* s, const A* dp, int64_t count, A scale, A bias, A lse,
-                           A delta, bool alone, A* sums);
+  // p = 2^(x - max) * inverse, ds = p * (dp - delta), both 0 from `count` on. Unless sums is null, sums[0] +=
+  // the sum of ds and sums[1] += that of p. With `alone` these are all keys that the row sees: p is made to
+  // add up to 1 and ds = p * (dp - the sum of p * dp - delta), which needs no rounded output: for one key it
+  // is exact.
+  void (*softmax_backward)(T* p, T* ds, const A* s, const A* dp, int64_t count, A scale, A bias, A max,
+                           A inverse, A delta, bool alone, A* sums);
   // x *= factor
   void (*scale)(A* x, A factor, int64_t n);
 };

@@ -93,14 +93,14 @@ def cross_attention(
     # Whatever is not finite is taken out before it is multiplied, since 0 * nan is nan, and put back as a nan
     # where it is seen: for the gradient too, which is that of the weights.
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = (torch.where(sees, query, 0.0) @ _finite(key).mT).to(wide) * scale
+    logits = _product(torch.where(sees, query, 0.0), _finite(key).mT).to(wide) * scale
     logits = torch.where(key.isfinite().all(-1)[:, :, None], logits, torch.nan)
     if source_bias is not None:
         logits = logits + bias
     logits = torch.where(sees, torch.where(seen, logits, -torch.inf), 0.0)
     weights = torch.where(seen, logits.softmax(-1), 0.0)
-    out = weights.to(value.dtype) @ _finite(value)  # [B, H, L, Dv]
-    spoilt = seen.to(value.dtype) @ (~value.isfinite()).to(value.dtype)
+    out = _product(weights.to(value.dtype), _finite(value))  # [B, H, L, Dv]
+    spoilt = _product(seen.to(value.dtype), (~value.isfinite()).to(value.dtype))
     out = out + weights.sum(-1, keepdim=True).to(value.dtype) * spoilt.masked_fill(spoilt > 0, torch.nan)
     out = torch.where(sees, out, 0.0)
     if not return_stats:
@@ -130,6 +130,13 @@ def _visible(
 
 def _finite(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x, 0.0)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``. In bfloat16 on a CPU with AMX a nan would reach other rows, by oneDNN's issue 5717."""
+    if a.dtype == torch.bfloat16 and a.device.type == "cpu":
+        return (a.float() @ b.float()).to(a.dtype)
+    return a @ b
 
 
 def group_norm(

@@ -81,7 +81,7 @@ def attend(
     ROWS_DIFFER: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over the keys from ``first`` to ``last``. ``scale`` is above 0.
+    """The online softmax over the keys from ``first`` to ``last``.
 
     Per row: ``top`` is the largest logit so far, ``total`` the sum of 2 ** (logit - top) over this source,
     and ``acc`` that of 2 ** (logit - top) * value over all. Rows see keys below their ``end``.
@@ -91,15 +91,15 @@ def attend(
         k = k0 + tl.arange(0, BLOCK_N)
         inside = unmasked(mask, is_masked, k, k < last)  # [N]
         keys = load_rows(key, key_stride, k, inside, DEPTH, BLOCK_D)  # [N, D]
-        dots = tl.dot(q, tl.trans(keys), input_precision=PRECISION)  # [M, N]
+        logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale + bias  # [M, N]
         if ROWS_DIFFER:
             seen = inside[None, :] & (k[None, :] < end[:, None])
-            dots = tl.where(seen, dots, float("-inf"))
+            logits = tl.where(seen, logits, float("-inf"))
         elif mask is not None:
-            dots = tl.where(inside[None, :], dots, float("-inf"))
-        higher = tl.maximum(top, tl.max(dots, 1) * scale + bias)
+            logits = tl.where(inside[None, :], logits, float("-inf"))
+        higher = tl.maximum(top, tl.max(logits, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)  # a row may have seen nothing yet
-        weights = tl.exp2(dots * scale + (bias - shift)[:, None])
+        weights = tl.exp2(logits - shift[:, None])
         fade = tl.exp2(top - shift)
         total = total * fade + tl.sum(weights, 1)
         acc = acc * fade[:, None]
@@ -183,10 +183,9 @@ def forward_kernel(
         fade = tl.exp2(before - tl.where(top == float("-inf"), 0.0, top))
         totals = tl.where(number == i, total[:, None], totals * fade[:, None])
 
-    rows = (tl.num_programs(0) // blocks).to(tl.int64) * queries
     at = both.to(tl.int64) * queries + row
     if SPLIT:
-        at += tl.program_id(1) * rows
+        at += tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // blocks) * queries
         d = tl.arange(0, BLOCK_DV)
         seen = real & (tl.sum(totals, 1) != 0)
         tl.store(
@@ -196,28 +195,27 @@ def forward_kernel(
         tl.store(lse + at, top, mask=real)
         tl.store(mass + at[:, None] * len(sources) + number, totals, mask=real[:, None])
     else:
-        store_results(out, lse, normalizers, mass, at, rows, real, acc, top, totals, num_sources, VALUE_DEPTH)
+        store_results(out, lse, normalizers, mass, at, real, acc, top, totals, num_sources, VALUE_DEPTH)
 
 
 @triton.jit
 def store_results(
-    out, lse, normalizers, mass, at, rows, real, acc, top, totals, num_sources, VALUE_DEPTH: tl.constexpr
+    out, lse, normalizers, mass, at, real, acc, top, totals, num_sources, VALUE_DEPTH: tl.constexpr
 ):
-    """Rows ``at`` of ``rows`` in all."""
     total = tl.sum(totals, 1)
-    inverse = 1 / tl.where(total == 0, 1.0, total)  # nothing is seen where it is 0: the top one alone adds 1
+    total = tl.where(total == 0, 1.0, total)  # nothing is seen where it is 0: the top one alone adds 1
     d = tl.arange(0, acc.shape[1])
     tl.store(
-        out + at[:, None] * VALUE_DEPTH + d[None, :], acc * inverse[:, None],
+        out + at[:, None] * VALUE_DEPTH + d[None, :], acc / total[:, None],
         mask=real[:, None] & (d < VALUE_DEPTH)[None, :],
     )  # fmt: skip
-    tl.store(lse + at, (top - tl.log2(inverse)) / LOG2E, mask=real)
-    tl.store(normalizers + at, top, mask=real)
-    tl.store(normalizers + rows + at, inverse, mask=real)
+    tl.store(lse + at, (top + tl.log2(total)) / LOG2E, mask=real)
+    tl.store(normalizers + 2 * at, top, mask=real)
+    tl.store(normalizers + 2 * at + 1, 1 / total, mask=real)
     if mass is not None:
         number = tl.arange(0, totals.shape[1])[None, :]
         tl.store(
-            mass + at[:, None] * num_sources + number, totals * inverse[:, None],
+            mass + at[:, None] * num_sources + number, totals / total[:, None],
             mask=real[:, None] & (number < num_sources),
         )  # fmt: skip
 
@@ -249,9 +247,7 @@ def combine_kernel(
         own_acc = load_rows(accs, VALUE_DEPTH, at, seen, VALUE_DEPTH, BLOCK_DV)
         total += tl.sum(own_total * fade, 0, keep_dims=True)
         acc += tl.sum(own_acc * fade, 0, keep_dims=True)
-    store_results(
-        out, lse, normalizers, mass, row, rows, row < rows, acc, top, total, num_sources, VALUE_DEPTH
-    )
+    store_results(out, lse, normalizers, mass, row, row < rows, acc, top, total, num_sources, VALUE_DEPTH)
 
 
 def cross_attention(
@@ -261,15 +257,15 @@ def cross_attention(
 ) -> list[Tensor]:  # fmt: skip
     """Launches the forward; arguments and results are those of ``torch.ops.mmfast.cross_attention``.
 
-    Copied first: a query, key or value whose last dimension is not dense, a query whose scale is not above 0,
-    and lengths, masks and presence that are not contiguous.
+    Copied first: a query, key or value whose last dimension is not dense, and lengths, masks and presence
+    that are not contiguous.
     """
     depth, size = depths("cross_attention", query, values[0])
     batch, heads, queries, _ = query.shape
     rows = query.shape[:3]
     out = query.new_empty(*rows, depth["VALUE_DEPTH"])
     lse = query.new_empty(rows, dtype=torch.float32)
-    normalizers = lse.new_empty(2, *rows)
+    normalizers = lse.new_empty(*rows, 2)
     shares = lse.new_empty(*rows, len(keys)) if mass else None
     results = out, lse, normalizers, shares
     made = [t for t in results if t is not None]
@@ -277,9 +273,6 @@ def cross_attention(
         return made
 
     query = dense(query)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if scale <= 0:  # the kernel looks for the maximum before it scales
-        query, scale = query * (-1 if scale < 0 else 0), -scale or 1.0
     options = configuration("cross_attention", f"forward_{size}", query, query.dtype, UNTUNED)
     programs = batch * heads * triton.cdiv(queries, options["BLOCK_M"])
     splits = splits_of(programs, keys, options["num_warps"])
@@ -290,8 +283,9 @@ def cross_attention(
     with on(query.device):
         forward_kernel[programs, splits](
             *(results if splits == 1 else (accs, tops, None, totals)), query, query.stride()[:3], sources,
-            *presence(present), *bias_of_sources(source_bias), len(keys), scale, queries, heads,
-            heads // keys[0].shape[1], **depth, **options, SPLIT=splits > 1,
+            *presence(present), *bias_of_sources(source_bias), len(keys),
+            query.shape[-1] ** -0.5 if scale is None else scale, queries, heads, heads // keys[0].shape[1],
+            **depth, **options, SPLIT=splits > 1,
         )  # fmt: skip
         if splits > 1:
             combine_kernel[(lse.numel(),)](

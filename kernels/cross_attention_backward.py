@@ -1,9 +1,9 @@
 """Triton kernels of the backward of ``cross_attention``, and their launcher.
 
 With weights P = softmax(logits): dV = P.T dO, dS = P * (dO V.T - delta), dQ = scale * dS K, dK = scale * dS.T
-Q and the bias of a source gets the sum of its dS. Weights are made again from each row's normalizers. One
-launch goes through the sources for a block of queries (dQ, bias), one through the queries for a block of keys
-of one source (dK, dV): every sum has one owner and one order.
+Q and the bias of a source gets the sum of its dS. Weights are made again from the log-sum-exp, or from what
+it was made of. One launch goes through the sources for a block of queries (dQ, bias), one through the queries
+for a block of keys of one source (dK, dV): every sum has one owner and one order.
 """
 
 from collections.abc import Sequence
@@ -135,8 +135,31 @@ def count_up_to_two(count, source, sample, end):
 
 
 @triton.jit
+def shift_of(lse, normalizers, at, real, PRECISION: tl.constexpr):
+    """With what ``2 ** (logit - shift)`` is a weight, in exact float32 all but for its row's ``inverse``.
+
+    There the rounding of the logarithm, which grows with the logits, would be seen. So the shift is the row's
+    maximum, and the reciprocal of its sum goes to what weights are multiplied with.
+    """
+    if PRECISION == "ieee":
+        return tl.load(normalizers + 2 * at, mask=real, other=0.0)
+    else:
+        return tl.load(lse + at, mask=real, other=0.0) * LOG2E
+
+
+@triton.jit
+def normalized(g, delta, normalizers, at, real, PRECISION: tl.constexpr):
+    """Gradients of a block of rows, times ``inverse`` where their weights lack it."""
+    if PRECISION == "ieee":
+        inverse = tl.load(normalizers + 2 * at + 1, mask=real, other=0.0)
+        return g * inverse[:, None], delta * inverse
+    else:
+        return g, delta
+
+
+@triton.jit
 def differentiate(
-    q, g, top, inverse, delta, dq, key, key_stride, value, value_stride, mask, is_masked, scale, bias, end,
+    q, g, shift, delta, dq, key, key_stride, value, value_stride, mask, is_masked, scale, bias, end,
     first, last,
     ROWS_DIFFER: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -148,8 +171,8 @@ def differentiate(
         inside = unmasked(mask, is_masked, k, k < last)  # [N]
         keys = load_rows(key, key_stride, k, inside, DEPTH, BLOCK_D)  # [N, D]
         values = load_rows(value, value_stride, k, inside, VALUE_DEPTH, BLOCK_DV)  # [N, Dv]
-        dots = tl.dot(q, tl.trans(keys), input_precision=PRECISION)  # [M, N]
-        weights = tl.exp2(dots * scale + (bias - top)[:, None]) * inverse[:, None]
+        logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale + bias  # [M, N]
+        weights = tl.exp2(logits - shift[:, None])
         ds = weights * (tl.dot(g, tl.trans(values), input_precision=PRECISION) - delta[:, None])
         if ROWS_DIFFER:
             ds = tl.where(inside[None, :] & (k[None, :] < end[:, None]), ds, 0.0)
@@ -163,7 +186,7 @@ def differentiate(
 
 @triton.jit(do_not_specialize=["present_step", "flag_step", "num_sources", "queries", "heads", "group"])
 def grad_query_kernel(
-    grad_query, bias_sum, grad, grad_strides, normalizers, delta, alone, query, query_strides, sources,
+    grad_query, bias_sum, grad, grad_strides, lse, normalizers, delta, alone, query, query_strides, sources,
     present, present_step, flag_step, source_bias, bias_strides, num_sources, scale, queries, heads, group,
     PRECISION: tl.constexpr, DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -179,16 +202,14 @@ def grad_query_kernel(
     block = blocks - 1 - tl.program_id(0) % blocks
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     real = row < queries
-    rows = (tl.num_programs(0) // blocks).to(tl.int64) * queries
     at = both.to(tl.int64) * queries + row
     q = load_rows(start_of(query, query_strides, sample, head), query_strides[2], row, real, DEPTH, BLOCK_D)
     g = load_rows(
         start_of(grad, grad_strides, sample, head), grad_strides[2], row, real, VALUE_DEPTH, BLOCK_DV
     )
     g = tl.where((tl.load(alone + at, mask=real, other=1) == 0)[:, None], g, 0.0)
-    top = tl.load(normalizers + at, mask=real, other=0.0)
-    inverse = tl.load(normalizers + rows + at, mask=real, other=0.0)
-    d = tl.load(delta + at, mask=real, other=0.0)
+    shift = shift_of(lse, normalizers, at, real, PRECISION)
+    g, d = normalized(g, tl.load(delta + at, mask=real, other=0.0), normalizers, at, real, PRECISION)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if SPLIT:
         tile, share = share_of_tiles(sources, sample, queries, present, present_step, flag_step, BLOCK_N)
@@ -207,7 +228,7 @@ def grad_query_kernel(
         if mask is not None:
             mask += sample.to(tl.int64) * size_of(source)
         dq, inner = differentiate(
-            q, g, top, inverse, d, dq, key, source.key_strides[2], value, source.value_strides[2], mask,
+            q, g, shift, d, dq, key, source.key_strides[2], value, source.value_strides[2], mask,
             (source.packed & 4) != 0, scale * LOG2E, bias * LOG2E, end, first, whole, False,
             PRECISION, DEPTH, VALUE_DEPTH, BLOCK_D, BLOCK_DV, BLOCK_N,
         )  # fmt: skip
@@ -216,7 +237,7 @@ def grad_query_kernel(
             last = tl.minimum(last, (tile + share) * BLOCK_N)
             tile -= tl.cdiv(most, BLOCK_N)  # from here on counted in the next source
         dq, edge = differentiate(
-            q, g, top, inverse, d, dq, key, source.key_strides[2], value, source.value_strides[2], mask,
+            q, g, shift, d, dq, key, source.key_strides[2], value, source.value_strides[2], mask,
             (source.packed & 4) != 0, scale * LOG2E, bias * LOG2E, end, whole, last, True,
             PRECISION, DEPTH, VALUE_DEPTH, BLOCK_D, BLOCK_DV, EDGE,
         )  # fmt: skip
@@ -226,7 +247,7 @@ def grad_query_kernel(
             tl.store(bias_sum + line * blocks + block, total, mask=i < num_sources)
     if grad_query is not None:
         if SPLIT:
-            at += tl.program_id(1) * rows
+            at += tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // blocks) * queries
         d = tl.arange(0, BLOCK_D)
         tl.store(
             grad_query + at[:, None] * DEPTH + d[None, :],
@@ -250,7 +271,7 @@ def rows_with(flags, flag_step, queries, CHUNK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["present_step", "flag_step", "queries", "kv_heads", "group"])
 def grad_source_kernel(
-    grad, grad_strides, normalizers, delta, alone, query, query_strides, sources,
+    grad, grad_strides, lse, normalizers, delta, alone, query, query_strides, sources,
     present, present_step, flag_step, source_bias, bias_strides, scale, queries, kv_heads, group,
     PRECISION: tl.constexpr, DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -320,7 +341,6 @@ def grad_source_kernel(
         )
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    rows = (tl.num_programs(0) // blocks).to(tl.int64) * (group * queries)
     for reader in range(group):
         head = kv_head * group + reader
         bias = 0.0
@@ -332,22 +352,22 @@ def grad_source_kernel(
         for row0 in range(first_row, tl.where(bias == float("-inf"), first_row, last_row), BLOCK_M):
             row = row0 + tl.arange(0, BLOCK_M)
             end = ends_of(row, queries, limit, lead, flags, flag_step)  # [M]
-            top = tl.load(normalizers + row_of + row, mask=row < queries, other=0.0)
-            inverse = tl.load(normalizers + rows + row_of + row, mask=row < queries, other=0.0)
-            d = tl.load(delta + row_of + row, mask=row < queries, other=0.0)
+            real = row < queries
+            shift = shift_of(lse, normalizers, row_of + row, real, PRECISION)
+            d = tl.load(delta + row_of + row, mask=real, other=0.0)
             sees = end > k0
             if mask is not None:
-                sees &= top != float("-inf")
+                sees &= shift != float("-inf")
             q = load_rows(q_start, query_strides[2], row, sees, DEPTH, BLOCK_D)  # [M, D]
             g = load_rows(g_start, grad_strides[2], row, sees, VALUE_DEPTH, BLOCK_DV)  # [M, Dv]
+            g, d = normalized(g, d, normalizers, row_of + row, real, PRECISION)
             seen = inside[:, None] & (k[:, None] < end[None, :])
-            dots = tl.dot(keys, tl.trans(q), input_precision=PRECISION)  # [N, M]
-            shifted = dots * (scale * LOG2E) + (bias * LOG2E - top)[None, :]
-            weights = tl.where(seen, tl.exp2(shifted) * inverse[None, :], 0.0)
+            logits = tl.dot(keys, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) + bias * LOG2E
+            weights = tl.where(seen, tl.exp2(logits - shift[None, :]), 0.0)  # [N, M]
             if grad_value is not None:
                 dv = tl.dot(weights.to(g.dtype), g, dv, input_precision=PRECISION)
             if grad_key is not None:
-                is_alone = tl.load(alone + row_of + row, mask=row < queries, other=1) != 0
+                is_alone = tl.load(alone + row_of + row, mask=real, other=1) != 0
                 dp = tl.dot(values, tl.trans(g), input_precision=PRECISION)
                 dp = tl.where(is_alone[None, :], 0.0, dp)
                 ds = tl.where(seen, weights * (dp - d[None, :]), 0.0)
@@ -369,7 +389,7 @@ def store_rows(start, x, row, real, seen, WIDTH: tl.constexpr, BLOCK: tl.constex
 def cross_attention_backward(
     grad: Tensor, grad_lse: Tensor | None, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor],
     lengths: Sequence[Tensor | None], masks: Sequence[Tensor | None], present: Tensor | None,
-    causal: Sequence[bool], source_bias: Tensor | None, scale: float | None, out: Tensor,
+    causal: Sequence[bool], source_bias: Tensor | None, scale: float | None, out: Tensor, lse: Tensor,
     normalizers: Tensor, needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Launches the backward; arguments and results are those of
@@ -382,7 +402,7 @@ def cross_attention_backward(
     batch, heads, queries, _ = query.shape
     n, kv_heads = len(keys), keys[0].shape[1]
     inputs = (query, *keys, *values, source_bias)
-    if normalizers.numel() == 0:
+    if lse.numel() == 0:
         return [
             t.new_zeros(t.shape) for t, needed in zip(inputs, needs, strict=True) if t is not None and needed
         ]
@@ -392,9 +412,10 @@ def cross_attention_backward(
         for t, needed in zip(inputs, needs, strict=True)
     ]
     grad_query, grad_keys, grad_values, grad_bias = made[0], made[1 : n + 1], made[n + 1 : -1], made[-1]
-    query, grad, out, normalizers = dense(query), dense(grad), dense(out), normalizers.contiguous()
-    delta = torch.empty_like(normalizers[0])
-    alone = torch.empty_like(delta, dtype=torch.bool)
+    query, grad, out, lse, normalizers = (
+        dense(query), dense(grad), dense(out), lse.contiguous(), normalizers.contiguous()
+    )  # fmt: skip
+    delta, alone = torch.empty_like(lse), torch.empty_like(lse, dtype=torch.bool)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     seen_by = (*presence(present), *bias_of_sources(source_bias))
     with on(query.device):
@@ -404,16 +425,16 @@ def cross_attention_backward(
             sources_of(keys, values, lengths, masks, causal), *seen_by, queries, heads,
             VALUE_DEPTH=depth["VALUE_DEPTH"], BLOCK_DV=depth["BLOCK_DV"], BLOCK_M=8,
         )  # fmt: skip
-        upstream = grad, grad.stride()[:3], normalizers, delta, alone, query, query.stride()[:3]
+        upstream = grad, grad.stride()[:3], lse, normalizers, delta, alone, query, query.stride()[:3]
 
         if grad_query is not None or grad_bias is not None:
             options = configuration("cross_attention", f"grad_query_{size}", query, query.dtype, UNTUNED)
             blocks = triton.cdiv(queries, options["BLOCK_M"])
             splits = splits_of(batch * heads * blocks, keys, options["num_warps"])
-            bias_sum = None if grad_bias is None else delta.new_empty(batch, heads, n, splits * blocks)
+            bias_sum = None if grad_bias is None else lse.new_empty(batch, heads, n, splits * blocks)
             parts = grad_query
             if grad_query is not None and splits > 1:
-                parts = delta.new_empty(splits, *query.shape)
+                parts = lse.new_empty(splits, *query.shape)
             grad_query_kernel[batch * heads * blocks, splits](
                 parts, bias_sum, *upstream, sources_of(keys, values, lengths, masks, causal), *seen_by,
                 n, scale, queries, heads, heads // kv_heads, **depth, **options, SPLIT=splits > 1,

@@ -79,7 +79,7 @@ def cross_attention(
         )
     out = query.new_empty(batch, heads, queries, value_depth)
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
-    normalizers = lse.new_empty(2, *lse.shape)
+    normalizers = lse.new_empty(*lse.shape, 2)
     shares = lse.new_empty(*lse.shape, len(keys)) if mass else None
     made = [t for t in (out, lse, normalizers, shares) if t is not None]
     if lse.numel() == 0:

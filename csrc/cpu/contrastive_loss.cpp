@@ -119,7 +119,7 @@ Tensors softmax_loss(const Pairs<T>& pairs, A scale) {
   const A scale2 = scale * LOG2_E<A>, lowest = std::numeric_limits<A>::lowest();
   Softmaxes<A> of_rows(pairs.blocks, padded), of_columns(pairs.blocks, padded);
   const Buffer<A> own(1, padded);  // the pairs' own x
-  take_turns(pairs.blocks, pairs.blocks, pairs.cost(), [&](auto take) {
+  take_turns<T>(pairs.blocks, pairs.blocks, pairs.cost(), [&](auto take) {
     const LogitTiles<T> tiles(pairs, 1);
     const Buffer<A> row_sum(pairs.side, kernels.lanes);
     for (int64_t task; (task = take()) >= 0;) {
@@ -166,7 +166,7 @@ Tensors softmax_loss(const Pairs<T>& pairs, A scale) {
 template <class T, class A = typename wide<T>::type>
 Tensors sigmoid_loss(const Pairs<T>& pairs, A scale, A bias) {
   std::vector<Wider<A>> losses(pairs.blocks * pairs.blocks);
-  take_turns(pairs.blocks, pairs.blocks, pairs.cost(), [&](auto take) {
+  take_turns<T>(pairs.blocks, pairs.blocks, pairs.cost(), [&](auto take) {
     const LogitTiles<T> tiles(pairs, 1);
     for (int64_t task; (task = take()) >= 0;)
       each_tile(pairs, tiles, pairs.block(task / pairs.blocks), pairs.block(task % pairs.blocks),
@@ -350,7 +350,7 @@ Tensors backward(const Pairs<T>& pairs, bool softmax, A grad, A scale, A bias, c
   // row of a gradient adds up in the same order always.
   const bool anything = needs[0] || needs[1] || needs[2] || (needs[3] && !softmax);
   for (int64_t step = 0; anything && step < pairs.blocks; ++step)
-    take_turns(pairs.blocks, 1, 3 * pairs.cost(), [&](auto take) {
+    take_turns<T>(pairs.blocks, 1, 3 * pairs.cost(), [&](auto take) {
       Worker<T> worker(pairs, d_a, d_b);
       for (int64_t y; (y = take()) >= 0;) {
         const int64_t x = (y + step) % pairs.blocks;

@@ -126,12 +126,11 @@ Tensors forward(const Attention<T>& a, bool want_mass) {
   constexpr int64_t KEYS = AttentionKernels<T>::KEYS;
   const Shape rows_shape{a.batch, a.heads, a.queries};
   Tensors made{empty({a.batch, a.heads, a.queries, a.value_depth}, scalar_type<T>),
-               empty(rows_shape, scalar_type<A>), empty({2, a.batch, a.heads, a.queries}, scalar_type<A>)};
+               empty(rows_shape, scalar_type<A>), empty({a.batch, a.heads, a.queries, 2}, scalar_type<A>)};
   if (want_mass) made.push_back(empty({a.batch, a.heads, a.queries, a.sources}, scalar_type<A>));
   T* const out = data<T>(made[0]);
   A* const lse = data<A>(made[1]);
-  A* const max_of = data<A>(made[2]);
-  A* const inverse_of = max_of + a.batch * a.heads * a.queries;
+  A* const normalizers = data<A>(made[2]);
   A* const mass = want_mass ? data<A>(made[3]) : nullptr;
 
   // Adds up parts of the keys, which is one part where there is work enough without.
@@ -150,8 +149,8 @@ Tensors forward(const Attention<T>& a, bool want_mass) {
       const auto total = std::accumulate(of_source.begin(), of_source.end(), Wider<A>(0));
       const Wider<A> inverse = total == 0 ? 0 : 1 / total;
       lse[to] = total == 0 ? -std::numeric_limits<A>::infinity() : max / LOG2_E<Wider<A>> + std::log(total);
-      max_of[to] = max;
-      inverse_of[to] = inverse;
+      normalizers[2 * to] = max;
+      normalizers[2 * to + 1] = inverse;
       for (int64_t i = 0; mass && i < a.sources; ++i) mass[to * a.sources + i] = of_source[i] * inverse;
       auto& sums = partials[0].sums;
       if (count > 1) sums.scale(r, factor(*partials[0].max.row(r)));
@@ -184,7 +183,7 @@ Tensors forward(const Attention<T>& a, bool want_mass) {
   if (splits > 1)
     for (int64_t k = 0; k < heads * of_line; ++k) partials.emplace_back(a, task_at(k).rows);
   const int64_t cost = rows * std::min(span, a.most_blocks) * KEYS * (a.depth + a.value_depth);
-  take_turns(heads, of_line, cost, [&](auto take) {
+  take_turns<T>(heads, of_line, cost, [&](auto take) {
     Worker<T> worker(a, rows);
     std::optional<Partial<T>> own;
     if (splits == 1) own.emplace(a, rows);

@@ -256,7 +256,7 @@ struct Viewers {
   Viewers(const int64_t* seen, int64_t least_seen, int64_t first, int64_t end, const Block<T>& block) {
     if (least_seen - block.first >= block.count) {
       count = end - first, most = least = block.count;
-      for (int64_t i = 0; i < MOST_ROWS; ++i) row[i] = first + i, keys[i] = block.count;
+      for (int64_t i = 0; i < count; ++i) row[i] = first + i, keys[i] = block.count;
       return;
     }
     for (int64_t r = first; r < end; ++r) {
@@ -272,7 +272,7 @@ struct Viewers {
   // f(i) for each row of a tile: a short one's last row fills it up.
   template <class P, class F>
   void fill(P* to, F f) const {
-    for (int64_t i = 0; i < MOST_ROWS; ++i) to[i] = f(std::min(i, count - 1));
+    for (int64_t i = 0; i < tile_kernels<T>().rows; ++i) to[i] = f(std::min(i, count - 1));
   }
 };
 

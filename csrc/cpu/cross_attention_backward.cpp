@@ -40,13 +40,12 @@ class Worker {
   static constexpr int64_t ROWS = 96;  // of queries, whose weights stay in the second cache
 
   Worker(const Attention<T>& a, const Needs& needs, const Heads<T>& grad, const Elements<A>& grad_lse,
-         const A* max, const A* inverse, const A* delta, const Gradients<T>& out)
+         const A* normalizers, const A* delta, const Gradients<T>& out)
       : a_(a),
         needs_(needs),
         grad_(grad),
         grad_lse_(grad_lse),
-        max_(max),
-        inverse_(inverse),
+        normalizers_(normalizers),
         delta_(delta),
         out_(out),
         keys_(a.depth, false),
@@ -150,8 +149,8 @@ class Worker {
       const bool alone = v.keys[k] == seen_of_all_[r];
       const A delta = alone ? -grad_lse_(task.b, a_.head(task.kv_head, r), r % a_.queries) : delta_[at];
       softmax_.softmax_backward(p_.row(to + k), ds_.row(to + k), logits_.data() + k * k_.columns,
-                                d_weights_.data() + k * k_.columns, v.keys[k], a_.scale2, bias_[r], max_[at],
-                                inverse_[at], delta, alone,
+                                d_weights_.data() + k * k_.columns, v.keys[k], a_.scale2, bias_[r],
+                                normalizers_[2 * at], normalizers_[2 * at + 1], delta, alone,
                                 of_source ? of_source + (r * a_.sources + i) * 2 : nullptr);
     }
   }
@@ -178,7 +177,7 @@ class Worker {
   const Needs& needs_;
   const Heads<T>& grad_;
   const Elements<A>& grad_lse_;
-  const A *max_, *inverse_, *delta_;
+  const A *normalizers_, *delta_;
   const Gradients<T>& out_;
   const TileKernels<T>& k_ = tile_kernels<T>();
   const AttentionKernels<T>& softmax_ = attention_kernels<T>();
@@ -261,8 +260,6 @@ Tensors backward(const Attention<T>& a, const Tensor& grad_, const Maybe& grad_l
   const Heads<T> grad(grad_);
   const Elements<A> grad_lse(grad_lse_, 0);
   const Buffer<A> delta = deltas(a, grad, grad_lse, data<T>(out));
-  const A* const max = data<A>(normalizers);
-  const A* const inverse = max + a.batch * a.heads * a.queries;
 
   Tensors made;
   Gradients<T> to;
@@ -311,8 +308,8 @@ Tensors backward(const Attention<T>& a, const Tensor& grad_, const Maybe& grad_l
       sums->put(to.query + a.output_row(h / a.kv_heads, h % a.kv_heads, r) * a.depth, r, a.scale, a.depth);
   };
   const int64_t cost = a.rows * std::min(span, a.most_blocks) * KEYS * 5 * (a.depth + a.value_depth) / 2;
-  take_turns(heads, splits, cost, [&](auto take) {
-    Worker<T> worker(a, needs, grad, grad_lse, max, inverse, delta.data(), to);
+  take_turns<T>(heads, splits, cost, [&](auto take) {
+    Worker<T> worker(a, needs, grad, grad_lse, data<A>(normalizers), delta.data(), to);
     std::optional<RowSums<T>> own;
     if (splits == 1) own.emplace(a.rows, needs.query ? a.depth : 0);
     for (int64_t k; (k = take()) >= 0;) {
@@ -333,7 +330,7 @@ Tensors backward(const Attention<T>& a, const Tensor& grad_, const Maybe& grad_l
 Tensors cross_attention_backward(Tensor grad, Maybe grad_lse, Tensor query, Tensors keys, Tensors values,
                                  MaybeTensors lengths, MaybeTensors masks, Maybe present,
                                  std::vector<bool> causal, Maybe source_bias, std::optional<double> scale,
-                                 Tensor out, Tensor normalizers, std::vector<bool> needs) {
+                                 Tensor out, Tensor, Tensor normalizers, std::vector<bool> needs) {
   const size_t narrow = std::count(needs.begin(), needs.end() - 1, true);  // all but the bias's gradient
   return by_type("cross_attention: query", query.scalar_type(), narrow, [&](auto zero, auto to) {
     return backward<decltype(zero)>(

@@ -4,11 +4,34 @@
 #include <cstdlib>
 #include <cstring>
 
+#ifdef MMFAST_HAS_avx2
+#include <cpuid.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "simd/dispatch.h"
 
 namespace mmfast {
 
-static constexpr const char* names[] = {"plain", "avx2", "avx512", "avx512bf16"};
+static constexpr const char* names[] = {"plain", "avx2", "avx512", "avx512bf16", "amx"};
+
+#ifdef MMFAST_HAS_avx2
+// Tiles are memory that each thread's state grows by: Linux wants to be asked before anyone uses them.
+static bool has_amx() {
+#ifdef __linux__
+  constexpr unsigned TILE = 1u << 24, TILE_BF16 = 1u << 22;
+  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+  unsigned a, b, c, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & TILE) && (d & TILE_BF16) &&
+         syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 static int best() {
 #ifdef MMFAST_HAS_avx2
@@ -17,7 +40,10 @@ static int best() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx512 ? (__builtin_cpu_supports("avx512bf16") ? 3 : 2) : (avx2 ? 1 : 0);
+  if (!avx512) return avx2;
+  if (!__builtin_cpu_supports("avx512bf16")) return 2;
+  static const bool amx = has_amx();
+  return amx ? 4 : 3;
 #else
   return 0;
 #endif

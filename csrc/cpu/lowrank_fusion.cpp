@@ -95,7 +95,7 @@ Tensors forward(const Tensors& inputs, const Tensors& factors, const Tensor& ran
   const int64_t most_rows = std::min(parts(parts(all_rows, 4), height) * height, MOST);
   const int64_t task_rows = parts(parts(all_rows, parts(all_rows, most_rows)), height) * height;
   const int64_t blocks = parts(B, task_rows), panels = parts(O, width);
-  take_turns(panels, blocks, task_rows * width * R * (depth + MEMORY), [&](auto take) {
+  take_turns<T>(panels, blocks, task_rows * width * R * (depth + MEMORY), [&](auto take) {
     const Buffer<A> product(task_rows, width), sum(task_rows, width);
     const Buffer<char> packed(1, bytes);
     alignas(64) A base[TileKernels<T>::MOST_COLUMNS] = {}, ones[TileKernels<T>::MOST_COLUMNS];

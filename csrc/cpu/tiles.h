@@ -16,16 +16,31 @@ MM_KERNELS(tile_kernels, TileKernels)
 
 inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
+// A thread that makes products of T: some instruction sets want to be told.
+template <class T>
+struct Multiplying {
+  const TileKernels<T>& kernels = tile_kernels<T>();
+
+  Multiplying() {
+    if (kernels.begin) kernels.begin();
+  }
+  ~Multiplying() {
+    if (kernels.end) kernels.end();
+  }
+  Multiplying(const Multiplying&) = delete;
+};
+
 // worker(take) on every thread, where take() is the next of lines * of_line tasks, or -1 after the last:
 // whoever is free goes on, since absence makes some tasks short, and another process may have a core for a
 // while. A thread follows a line of tasks to its end, each starts at another one. `cost` of a task: in
-// multiplications.
-template <class F>
+// multiplications. Products of T are made in here only.
+template <class T, class F>
 void take_turns(int64_t lines, int64_t of_line, int64_t cost, const F& worker) {
   std::vector<std::atomic<int64_t>> next(lines);
   const int64_t worthwhile = (1 << 18) / std::max<int64_t>(cost, 1) + 1;  // tasks for one thread
   if (lines * of_line == 0) return;
   torch::stable::parallel_for(0, lines * of_line, worthwhile, [&](int64_t begin, int64_t) {
+    const Multiplying<T> multiplying;
     int64_t line = begin / of_line, ended = 0;
     worker([&]() -> int64_t {
       for (; ended < lines; ++ended, line = (line + 1) % lines)
@@ -235,7 +250,7 @@ void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vec
   const int64_t panels = parts(columns, width), blocks = parts(order.tiles.size(), TILES);
   const int64_t cost = std::clamp(rows, MEMORY, TILES * height) * group * width * (depth + MEMORY);
 
-  take_turns(parts(panels, group), blocks, cost, [&](auto take) {
+  take_turns<T>(parts(panels, group), blocks, cost, [&](auto take) {
     Panels<T> right(terms, sums, group, rows <= FEW<T>);
     Rows<T> ready(terms.size() * TILES * height);  // of the task, term by term
     const Buffer<T> memory(std::min(rows, TILES * height), centred);
@@ -322,7 +337,7 @@ void product_over_rows(const Rows<T>& left, int64_t m, const Rows<T>& right, int
       for (int64_t p = from; p < to; ++p)
         kernels.pack_rows(whole.row(p), b.data(), p * width, depth, std::min(width, n - p * width));
     });
-    take_turns(parts(tiles, TILES), 1, TILES * tile * panels * std::max(depth, MEMORY), [&](auto take) {
+    take_turns<T>(parts(tiles, TILES), 1, TILES * tile * panels * std::max(depth, MEMORY), [&](auto take) {
       const Buffer<T> packed(TILES, whole_groups<T>(depth) * height);
       Sums<T> own;
       std::fill_n(own.at, height, Sums<T>::zeros);

@@ -44,7 +44,7 @@ struct Attention {
   float* tops;         // [slots, B Hkv rows, n]: the highest logit so far; the last one is that of parts
   void* out;           // [B, H, L, value_depth]
   float* lse;          // [B, H, L]
-  float* normalizers;  // [2, B, H, L]: the top, and the reciprocal of the sum of 2 ** (logit - top)
+  float* normalizers;  // [B, H, L, 2]: the top, and the reciprocal of the sum of 2 ** (logit - top)
   float* mass;         // [B, H, L, n]; null: not wanted
 };
 

@@ -518,8 +518,8 @@ MM_DEVICE void merge(const Attention& a, int64_t at, float* weights) {
   }
   if (lane == 0) {
     a.lse[to] = (top - log2f(inverse)) / kLog2e;
-    a.normalizers[to] = top;
-    a.normalizers[to + all] = inverse;
+    a.normalizers[2 * to] = top;
+    a.normalizers[2 * to + 1] = inverse;
   }
   if (a.mass && lane < n) a.mass[to * n + lane] = own * inverse;
 }

@@ -152,7 +152,7 @@ class _CrossAttention(torch.autograd.Function):
             query, kv[:n], kv[n:], lengths, masks, present, causal, source_bias, scale, mass
         )
         ctx.options = backend, causal, scale
-        ctx.save_for_backward(present, *tensors, out, normalizers)
+        ctx.save_for_backward(present, *tensors, out, lse, normalizers)
         ctx.mark_non_differentiable(*shares)
         return out, lse, *shares
 
@@ -163,7 +163,7 @@ class _CrossAttention(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         backend, causal, scale = ctx.options
         n = len(causal)
-        present, *tensors, out, normalizers = ctx.saved_tensors
+        present, *tensors, out, lse, normalizers = ctx.saved_tensors
         lengths, masks = tensors[:n], tensors[n : 2 * n]
         query, *kv, source_bias = tensors[2 * n :]
         if grad is None:
@@ -171,7 +171,7 @@ class _CrossAttention(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[5 + 2 * n :])
         grads = iter(_BACKWARD[backend](
             grad, grad_lse, query, kv[:n], kv[n:], lengths, masks, present, causal, source_bias, scale,
-            out, normalizers, needs,
+            out, lse, normalizers, needs,
         ))  # fmt: skip
         return (*[None] * (5 + 2 * n), *[next(grads) if needed else None for needed in needs])
 
@@ -301,7 +301,7 @@ def _forward_fake(
     made = [
         query.new_empty(*rows, values[0].shape[3]),
         query.new_empty(rows, dtype=wide),
-        query.new_empty(2, *rows, dtype=wide),
+        query.new_empty(*rows, 2, dtype=wide),
     ]
     if mass:
         made.append(query.new_empty(*rows, len(keys), dtype=wide))
@@ -321,6 +321,7 @@ def _backward_fake(
     source_bias: Tensor | None,
     scale: float | None,
     out: Tensor,
+    lse: Tensor,
     normalizers: Tensor,
     needs: list[bool],
 ) -> list[Tensor]:
@@ -329,9 +330,9 @@ def _backward_fake(
 
 
 # The forward makes the output, the logarithm of each row's sum of exponentials, its normalizers, and if
-# `mass` the share of each source. Normalizers [2, B, H, L] are a maximum of the logits in units of ln 2, and
-# the reciprocal of the sum of 2 ** (logit - maximum); nobody reads those of a row that sees nothing. Weights
-# made again from the logarithm would carry its rounding, which grows with the logits and is common to the
+# `mass` the share of each source. Normalizers [B, H, L, 2] are a maximum of the row's logits in units of ln
+# 2, and the reciprocal of the sum of 2 ** (logit - maximum); nobody reads those of a row that sees nothing.
+# Weights made again from the logarithm carry its rounding, which grows with the logits and is common to the
 # row. The backward makes the gradients that `needs` asks for, in the order query, *keys, *values,
 # source_bias; the last is [B, H, n] and as wide as the sums.
 _FORWARD = define(
@@ -346,6 +347,6 @@ _BACKWARD = define(
     "cross_attention_backward",
     "(Tensor grad, Tensor? grad_lse, Tensor query, Tensor[] keys, Tensor[] values, Tensor?[] lengths, "
     "Tensor?[] masks, Tensor? present, bool[] causal, Tensor? source_bias, float? scale, Tensor out, "
-    "Tensor normalizers, bool[] needs) -> Tensor[]",
+    "Tensor lse, Tensor normalizers, bool[] needs) -> Tensor[]",
     _backward_fake,
 )

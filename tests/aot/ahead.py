@@ -164,7 +164,7 @@ def cross_attention_cases(dtype):
         out, lse, normalizers, *_ = cross_attention(query, keys, values, *visible, stats)
         needs = [True] * (1 + 2 * sources) + [bias]
         grad_lse = torch.empty_like(lse) if stats else None
-        cross_attention_backward(out, grad_lse, query, keys, values, *visible, out, normalizers, needs)
+        cross_attention_backward(out, grad_lse, query, keys, values, *visible, out, lse, normalizers, needs)
 
     everything = {"lengths": True, "masks": True, "present": 3, "causal": True, "bias": True, "stats": True}
     for depth in (64, 128, 256):

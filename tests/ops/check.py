@@ -13,7 +13,7 @@ from mmfast import _native
 from mmfast.ops import available
 
 ROOT = Path(__file__).parents[2]
-ISAS = ("plain", "avx2", "avx512", "avx512bf16")
+ISAS = ("plain", "avx2", "avx512", "avx512bf16", "amx")
 
 
 def backends(op):

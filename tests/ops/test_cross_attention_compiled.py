@@ -101,7 +101,7 @@ def test_opcheck(name, options):
         (None, [True] * 7 + [bias]),
         (torch.ones_like(lse), [False, True] * 3 + [True, bias]),
     ):
-        arguments = torch.ones_like(out), grad_lse, *given[:9], out, normalizers, needs
+        arguments = torch.ones_like(out), grad_lse, *given[:9], out, lse, normalizers, needs
         torch.library.opcheck(backward, arguments)
 
 

@@ -352,7 +352,7 @@ def test_its_results_go_into_the_backward_of_triton(split):
         def forward(ctx, *leaves):
             given = schema_arguments(arguments)
             out, lse, normalizers, mass = cuda.cross_attention(*given)
-            ctx.given = *given[:9], out, normalizers
+            ctx.given = *given[:9], out, lse, normalizers
             return out, lse, mass
 
         @staticmethod

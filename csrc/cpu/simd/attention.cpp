@@ -12,7 +12,7 @@ constexpr int KEYS = AttentionKernels<float>::KEYS;
 // Vector v of a tile's row, which goes on in the next panel.
 template <class T>
 Vec<T> part(const Acc<T>* row, int v) {
-  const Acc<T>* const panel = row + v / TILE_VECTORS * TILE_ROWS * COLUMNS<T>;
+  const Acc<T>* const panel = row + v / TILE_VECTORS * TILE_ROWS<T> * COLUMNS<T>;
   return bits<Vec<T>>(panel + v % TILE_VECTORS * lanes<T>, lanes<T>);
 }
 

@@ -7,7 +7,9 @@ using mmfast::ContrastiveKernels, mmfast::LOG2_E;
 
 namespace {
 
-constexpr int ROWS = TILE_ROWS, VECTORS = TILE_VECTORS;
+template <class T>
+constexpr int ROWS = TILE_ROWS<T>;
+constexpr int VECTORS = TILE_VECTORS;
 
 template <class T>
 Vec<T> at(const Acc<T>* s, int64_t i, int v) {
@@ -53,7 +55,7 @@ template <class T, bool WHOLE, bool OWN>
 void softmax_of(const Acc<T>* s, int64_t some_rows, int64_t columns, Acc<T> scale, Acc<T>* row_max,
                 Acc<T>* row_sum, Acc<T>* column_max, Acc<T>* column_sum) {
   using V = Vec<T>;
-  const int64_t rows = WHOLE ? ROWS : some_rows;
+  const int64_t rows = WHOLE ? ROWS<T> : some_rows;
 #pragma GCC unroll 6
   for (int64_t i = 0; i < rows; ++i) {
     V x[VECTORS], most = V{} + row_max[i], sum = bits<V>(row_sum + i * lanes<T>, lanes<T>);
@@ -76,7 +78,7 @@ void softmax_of(const Acc<T>* s, int64_t some_rows, int64_t columns, Acc<T> scal
   }
 #pragma GCC unroll 4
   for (int v = 0; v < VECTORS; ++v) {
-    V x[ROWS], max = bits<V>(column_max + v * lanes<T>, lanes<T>), most = max;
+    V x[ROWS<T>], max = bits<V>(column_max + v * lanes<T>, lanes<T>), most = max;
     V sum = bits<V>(column_sum + v * lanes<T>, lanes<T>);
 #pragma GCC unroll 6
     for (int64_t i = 0; i < rows; ++i) {
@@ -97,9 +99,9 @@ void softmax_of(const Acc<T>* s, int64_t some_rows, int64_t columns, Acc<T> scal
 template <class T>
 void softmax(const Acc<T>* s, int64_t rows, int64_t columns, Acc<T> scale, int64_t own, Acc<T>* row_max,
              Acc<T>* row_sum, Acc<T>* column_max, Acc<T>* column_sum) {
-  const auto of = holds_own<T>(own, rows)                 ? softmax_of<T, false, true>
-                  : rows == ROWS && columns == COLUMNS<T> ? softmax_of<T, true, false>
-                                                          : softmax_of<T, false, false>;
+  const auto of = holds_own<T>(own, rows)                    ? softmax_of<T, false, true>
+                  : rows == ROWS<T> && columns == COLUMNS<T> ? softmax_of<T, true, false>
+                                                             : softmax_of<T, false, false>;
   of(s, rows, columns, scale, row_max, row_sum, column_max, column_sum);
 }
 
@@ -134,7 +136,7 @@ template <class T, bool WHOLE, bool OWN>
 Acc<T> sigmoid_of(const Acc<T>* s, int64_t some_rows, int64_t columns, Acc<T> scale, Acc<T> bias,
                   int64_t own) {
   using V = Vec<T>;
-  const int64_t rows = WHOLE ? ROWS : some_rows;
+  const int64_t rows = WHOLE ? ROWS<T> : some_rows;
   V sum{};
 #pragma GCC unroll 6
   for (int64_t i = 0; i < rows; ++i)
@@ -149,9 +151,9 @@ Acc<T> sigmoid_of(const Acc<T>* s, int64_t some_rows, int64_t columns, Acc<T> sc
 
 template <class T>
 Acc<T> sigmoid(const Acc<T>* s, int64_t rows, int64_t columns, Acc<T> scale, Acc<T> bias, int64_t own) {
-  const auto of = holds_own<T>(own, rows)                 ? sigmoid_of<T, false, true>
-                  : rows == ROWS && columns == COLUMNS<T> ? sigmoid_of<T, true, false>
-                                                          : sigmoid_of<T, false, false>;
+  const auto of = holds_own<T>(own, rows)                    ? sigmoid_of<T, false, true>
+                  : rows == ROWS<T> && columns == COLUMNS<T> ? sigmoid_of<T, true, false>
+                                                             : sigmoid_of<T, false, false>;
   return of(s, rows, columns, scale, bias, own);
 }
 
@@ -160,7 +162,7 @@ template <class T, bool WHOLE, class F>
 __attribute__((always_inline)) inline void slopes(T* g, int64_t stride, const Acc<T>* s, int64_t some_rows,
                                                   int64_t columns, Acc<T> factor, double* sums, F slope) {
   using V = Vec<T>;
-  const int64_t rows = WHOLE ? ROWS : some_rows;
+  const int64_t rows = WHOLE ? ROWS<T> : some_rows;
   V weighted{}, all{};
 #pragma GCC unroll 6
   for (int64_t i = 0; i < rows; ++i)
@@ -199,9 +201,9 @@ template <class T>
 void softmax_backward(T* g, int64_t stride, const Acc<T>* s, int64_t rows, int64_t columns, Acc<T> scale,
                       const Acc<T>* const* row_lse, const Acc<T>* const* column_lse, int64_t own,
                       Acc<T> factor, double* sums) {
-  const auto of = holds_own<T>(own, rows)                 ? softmax_backward_of<T, false, true>
-                  : rows == ROWS && columns == COLUMNS<T> ? softmax_backward_of<T, true, false>
-                                                          : softmax_backward_of<T, false, false>;
+  const auto of = holds_own<T>(own, rows)                    ? softmax_backward_of<T, false, true>
+                  : rows == ROWS<T> && columns == COLUMNS<T> ? softmax_backward_of<T, true, false>
+                                                             : softmax_backward_of<T, false, false>;
   of(g, stride, s, rows, columns, scale, row_lse, column_lse, own, factor, sums);
 }
 
@@ -224,9 +226,9 @@ void sigmoid_backward_of(T* g, int64_t stride, const Acc<T>* s, int64_t rows, in
 template <class T>
 void sigmoid_backward(T* g, int64_t stride, const Acc<T>* s, int64_t rows, int64_t columns, Acc<T> scale,
                       Acc<T> bias, int64_t own, Acc<T> factor, double* sums) {
-  const auto of = holds_own<T>(own, rows)                 ? sigmoid_backward_of<T, false, true>
-                  : rows == ROWS && columns == COLUMNS<T> ? sigmoid_backward_of<T, true, false>
-                                                          : sigmoid_backward_of<T, false, false>;
+  const auto of = holds_own<T>(own, rows)                    ? sigmoid_backward_of<T, false, true>
+                  : rows == ROWS<T> && columns == COLUMNS<T> ? sigmoid_backward_of<T, true, false>
+                                                             : sigmoid_backward_of<T, false, false>;
   of(g, stride, s, rows, columns, scale, bias, own, factor, sums);
 }
 

@@ -11,7 +11,7 @@ namespace mmfast {
 
 using KernelsEntry = const void*(RowType);
 
-enum class Isa { plain, avx2, avx512, avx512bf16 };
+enum class Isa { plain, avx2, avx512, avx512bf16, amx };
 
 // The best that this processor has, unless MMFAST_ISA in the environment or mmfast_isa() named a lesser one.
 Isa isa();
@@ -19,7 +19,7 @@ Isa isa();
 }  // namespace mmfast
 
 #ifdef MMFAST_HAS_avx2
-#define MM_COPIES(name) name##_plain, name##_avx2, name##_avx512, name##_avx512bf16
+#define MM_COPIES(name) name##_plain, name##_avx2, name##_avx512, name##_avx512bf16, name##_amx
 #else
 #define MM_COPIES(name) name##_plain
 #endif

@@ -1,13 +1,17 @@
 // See tiles.h. No torch header and no linkage but MM_KERNELS_ENTRY: see dispatch.h.
 #include "tiles.h"
 
+#ifdef __AMX_BF16__
+#include "amx.h"
+#else
 #include "vectors.h"
+#endif
 
 using mmfast::TileKernels;
 
 namespace {
 
-constexpr int ROWS = TILE_ROWS, VECTORS = TILE_VECTORS;
+constexpr int ROWS = TILE_ROWS<float>, VECTORS = TILE_VECTORS;  // of vectors of sums
 
 #ifdef __AVX512BF16__
 template <class T>
@@ -75,28 +79,6 @@ void pack_left(T* to, const T* const* from, int64_t first, int64_t depth, int64_
 template <class T>
 void pack_rows(void* to, const T* const* from, int64_t first, int64_t depth, int64_t count) {
   pack<T, Element<T>, COLUMNS<T>>(static_cast<Element<T>*>(to), from, first, depth, count, packed<T>);
-}
-
-using Lines = Uint[lanes<float>];
-
-// Rows become columns: interleaving the halves of the list turns the index's bits by one place each time.
-__attribute__((always_inline)) inline void transpose(Lines& rows) {  // in registers
-  constexpr int L = lanes<float>;
-  Uint low{}, high{};
-  for (int i = 0; i < L; ++i) {
-    low[i] = i / 2 + i % 2 * L;
-    high[i] = low[i] + L / 2;
-  }
-  for (int bit = 1; bit < L; bit *= 2) {
-    Lines next;
-#pragma GCC unroll 16
-    for (int i = 0; i < L / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + L / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + L / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) rows[i] = next[i];
-  }
 }
 
 template <class T>
@@ -198,12 +180,13 @@ void multiply(Acc<T>* c, const Acc<T>* const* start, const T* const* left, int64
   multiply_by<T, ROWS>(c, start, left, step, depth, fetch);
 }
 
-// f<count>() for a count of 1 to ROWS
+// f<n>(first) for rows first ... first + n of `count`, up to ROWS at once
 template <int R = ROWS, class F>
-void with_rows(int64_t count, F f) {
+void with_rows(int64_t count, F f, int64_t first = 0) {
+  for (; R == ROWS && count > R; first += R, count -= R) f.template operator()<R>(first);
   if constexpr (R > 1)
-    if (count < R) return with_rows<R - 1>(count, f);
-  f.template operator()<R>();
+    if (count < R) return with_rows<R - 1>(count, f, first);
+  f.template operator()<R>(first);
 }
 
 template <class T>
@@ -222,7 +205,9 @@ void multiply_rows(Acc<T>* c, const Acc<T>* const* start, const T* const* left, 
       return load(right[k] + first + v * lanes<T>, Whole{});
     }
   };
-  with_rows(count, [&]<int R>() { multiply_by<T, R>(c, start, left, GROUP<T>, depth, fetch); });
+  with_rows(count, [&]<int R>(int64_t i) {
+    multiply_by<T, R>(c + i * COLUMNS<T>, start + i, left + i, GROUP<T>, depth, fetch);
+  });
 }
 
 // The sum over each vector's lanes, at the front of one vector: neighbours are added until each lane is a
@@ -278,14 +263,15 @@ template <class T>
 void multiply_columns(Acc<T>* c, const Acc<T>* const* start, const T* const* left, int64_t count,
                       const T* const* right, int64_t columns, int64_t depth) {
   constexpr int64_t STEP = lanes<T> * GROUP<T>, NEAR = 48 * STEP;  // rows and columns stay in the first cache
-  with_rows(count, [&]<int R>() {
+  with_rows(count, [&]<int R>(int64_t row) {
+    Acc<T>* const own = c + row * COLUMNS<T>;
     const Acc<T>* before[R];
-    for (int i = 0; i < R; ++i) before[i] = start[i];
+    for (int i = 0; i < R; ++i) before[i] = start[row + i];
     int64_t first = 0;
     do {
       const int64_t used = depth - first < NEAR ? depth - first : NEAR;
       const T *a[R], *b[VECTORS];
-      for (int i = 0; i < R; ++i) a[i] = left[i] + first;
+      for (int i = 0; i < R; ++i) a[i] = left[row + i] + first;
       for (int64_t j = 0; j < columns; j += VECTORS) {
         for (int v = 0; v < VECTORS; ++v) b[v] = right[j + v < columns ? j + v : j] + first;
         Vec<T> sum[R][VECTORS] = {};
@@ -295,21 +281,29 @@ void multiply_columns(Acc<T>* c, const Acc<T>* const* start, const T* const* lef
 #pragma GCC unroll 6
         for (int i = 0; i < R; ++i) {
           const Vec<T> sums = totals(sum[i]) + bits<Vec<T>>(before[i] + j, VECTORS);
-          __builtin_memcpy(c + i * COLUMNS<T> + j, &sums, VECTORS * sizeof(Acc<T>));
+          __builtin_memcpy(own + i * COLUMNS<T> + j, &sums, VECTORS * sizeof(Acc<T>));
         }
       }
-      for (int i = 0; i < R; ++i) before[i] = c + i * COLUMNS<T>;
+      for (int i = 0; i < R; ++i) before[i] = own + i * COLUMNS<T>;
       first += used;
     } while (first < depth);
   });
 }
 
-static_assert(ROWS <= TileKernels<float>::MOST_ROWS && COLUMNS<float> <= TileKernels<float>::MOST_COLUMNS);
+static_assert(TILE_ROWS<bf16> <= TileKernels<bf16>::MOST_ROWS && ROWS <= TileKernels<float>::MOST_ROWS &&
+              COLUMNS<float> <= TileKernels<float>::MOST_COLUMNS);
 
 template <class T>
 constexpr TileKernels<T> kernels = {
-    ROWS,         COLUMNS<T>,      GROUP<T>,    sizeof(Element<T>), pack_left<T>,
-    pack_rows<T>, pack_columns<T>, multiply<T>, multiply_rows<T>,   multiply_columns<T>};
+    ROWS,         COLUMNS<T>,   GROUP<T>,        sizeof(Element<T>), nullptr,          nullptr,
+    pack_left<T>, pack_rows<T>, pack_columns<T>, multiply<T>,        multiply_rows<T>, multiply_columns<T>};
+#ifdef __AMX_BF16__
+template <>
+constexpr TileKernels<bf16> kernels<bf16> = {amx::ROWS,      amx::WIDTH,          amx::DEPTH,
+                                             sizeof(bf16),   amx::begin,          amx::end,
+                                             amx::pack_left, amx::pack_rows,      amx::pack_columns,
+                                             amx::multiply,  multiply_rows<bf16>, multiply_columns<bf16>};
+#endif
 
 }  // namespace
 

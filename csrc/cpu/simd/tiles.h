@@ -7,15 +7,19 @@
 namespace mmfast {
 
 // A product is made of tiles [rows, columns] whose sums stay in registers. Consecutive k lie together in
-// groups of `group` (2 where an instruction takes pairs of bfloat16): what is packed has the shape [depth /
-// group, width, group], the last group and the last columns filled up with zeros.
+// groups of `group`, the most that an instruction takes at once: what is packed has as many elements as
+// [depth / group, width, group], the last group and the last columns filled up with zeros.
 template <class T, class A = typename wide<T>::type>
 struct TileKernels {
-  static constexpr int64_t MOST_ROWS = 6, MOST_COLUMNS = 256 / sizeof(A);  // in any instruction set
+  // In any instruction set.
+  static constexpr int64_t MOST_ROWS = sizeof(T) == 2 ? 32 : 6, MOST_COLUMNS = 256 / sizeof(A);
 
   int64_t rows, columns, group;
   int64_t bytes;  // of an element of the right-hand side once packed
-  // The left-hand side for one tile, width `rows`: element (k, i) is from[k][i].
+  // What a thread has to do before and after its products; null: nothing.
+  void (*begin)();
+  void (*end)();
+  // The left-hand side for one tile, [depth / group, rows, group]: element (k, i) is from[k][first + i] ...
   void (*pack_left)(T* to, const T* const* from, int64_t first, int64_t depth, int64_t count);
   // The right-hand side for one tile, width `columns`: element (k, j) is from[k][first + j].
   void (*pack_rows)(void* to, const T* const* from, int64_t first, int64_t depth, int64_t count);

@@ -12,7 +12,7 @@ namespace {
 
 using mmfast::bf16;
 
-#if defined(MMFAST_ISA_avx512) || defined(MMFAST_ISA_avx512bf16)
+#if defined(MMFAST_ISA_avx512) || defined(MMFAST_ISA_avx512bf16) || defined(MMFAST_ISA_amx)
 constexpr int BYTES = 64;
 #elif defined(MMFAST_ISA_avx2)
 constexpr int BYTES = 32;
@@ -44,8 +44,14 @@ template <class T>
 constexpr int lanes = BYTES / sizeof(Acc<T>);
 
 // Of a tile of sums: 6 x 4 vectors, 4 of the right-hand side and one of the left are 29 of AVX-512's 32
-// registers. Others have 16: 6 x 2 + 2 + 1.
-constexpr int TILE_ROWS = 6, TILE_VECTORS = BYTES == 64 ? 4 : 2;
+// registers. Others have 16: 6 x 2 + 2 + 1. For AMX see amx.h.
+template <class T>
+constexpr int TILE_ROWS = 6;
+#ifdef __AMX_BF16__
+template <>
+constexpr int TILE_ROWS<bf16> = 32;
+#endif
+constexpr int TILE_VECTORS = BYTES == 64 ? 4 : 2;
 template <class T>
 constexpr int COLUMNS = TILE_VECTORS * lanes<T>;
 
@@ -158,6 +164,28 @@ template <class F>
 Double each(Double x, F f) {
   for (int i = 0; i < lanes<double>; ++i) x[i] = f(x[i]);
   return x;
+}
+
+using Lines = Uint[lanes<float>];
+
+// Rows become columns: interleaving the halves of the list turns the index's bits by one place each time.
+__attribute__((always_inline)) inline void transpose(Lines& rows) {  // in registers
+  constexpr int L = lanes<float>;
+  Uint low{}, high{};
+  for (int i = 0; i < L; ++i) {
+    low[i] = i / 2 + i % 2 * L;
+    high[i] = low[i] + L / 2;
+  }
+  for (int bit = 1; bit < L; bit *= 2) {
+    Lines next;
+#pragma GCC unroll 16
+    for (int i = 0; i < L / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + L / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + L / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) rows[i] = next[i];
+  }
 }
 
 template <class V>

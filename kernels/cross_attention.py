@@ -56,9 +56,9 @@ UNTUNED = {
         "forward_128.half": tiles(128, 32, num_warps=8, num_stages=3),
         "forward_128.tf32": tiles(32, 32, num_warps=8, num_stages=3),
         "forward_128.ieee": tiles(32, 16, num_warps=8, num_stages=1),
-        "forward_256.half": tiles(32, 32, num_warps=8, num_stages=2),
+        "forward_256.half": tiles(32, 16, num_warps=8, num_stages=2),
         "forward_256.tf32": tiles(32, 32, num_warps=8, num_stages=1),
-        "forward_256.ieee": tiles(16, 16, num_warps=4, num_stages=1),
+        "forward_256.ieee": tiles(16, 16, num_warps=8, num_stages=1),
     },
 }
 UNTUNED[90] = {
@@ -66,12 +66,13 @@ UNTUNED[90] = {
     "forward_128.tf32": tiles(64, 16, num_warps=8, num_stages=3),
     "forward_256.half": tiles(64, 16, num_warps=8, num_stages=2),
     "forward_256.tf32": tiles(32, 32, num_warps=8, num_stages=2),
-    "forward_256.ieee": tiles(16, 16, num_warps=8, num_stages=1),
 }
 UNTUNED[100] = {
     **UNTUNED[90],
     "forward_128.tf32": tiles(32, 32, num_warps=8, num_stages=3),
+    "forward_256.half": tiles(64, 16, num_warps=8, num_stages=1),
     "forward_256.tf32": tiles(16, 64, num_warps=8, num_stages=1),
+    "forward_256.ieee": tiles(16, 16, num_warps=4, num_stages=1),
 }
 
 

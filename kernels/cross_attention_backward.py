@@ -76,7 +76,7 @@ UNTUNED[100] = {
     "grad_query_128.half": tiles(64, 64, num_warps=8, num_stages=2),
     "grad_query_128.tf32": tiles(32, 32, num_warps=8, num_stages=2),
     "grad_source_64.half": tiles(64, 64, num_warps=8, num_stages=1),
-    "grad_source_64.tf32": tiles(64, 32, num_warps=8, num_stages=2),
+    "grad_source_64.tf32": tiles(64, 32, num_warps=8, num_stages=1),
     "grad_source_128.half": tiles(32, 64, num_warps=4, num_stages=1),
 }
 

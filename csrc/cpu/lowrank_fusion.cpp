@@ -121,7 +121,7 @@ Tensors forward(const Tensors& inputs, const Tensors& factors, const Tensor& ran
           if (there.empty()) continue;
           const Right<T>& factor = right[i * R + r];
           const int64_t rows = there.size();
-          const bool in_place = rows <= FEW<T> && factor.readable(panel);
+          const bool in_place = rows <= tile.few && factor.readable(panel);
           if (!in_place) factor.pack(packed.data(), panel);
           row_kernels<T>().widen(base, p.factor_row(i, r, p.depth[i]) + first, used);
           std::fill_n(c.at, height, base);

@@ -53,10 +53,6 @@ void take_turns(int64_t lines, int64_t of_line, int64_t cost, const F& worker) {
 // Reading or writing an element takes as long as this many multiplications.
 constexpr int64_t MEMORY = 16;
 
-// Rows so few that packing what they are multiplied with takes longer than it saves.
-template <class T>
-constexpr int64_t FEW = 16 * sizeof(T);
-
 // A pointer to each row of a matrix; in what follows a null pointer is a row that is not there.
 template <class T>
 using Rows = std::vector<const T*>;
@@ -251,7 +247,7 @@ void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vec
   const int64_t cost = std::clamp(rows, MEMORY, TILES * height) * group * width * (depth + MEMORY);
 
   take_turns<T>(parts(panels, group), blocks, cost, [&](auto take) {
-    Panels<T> right(terms, sums, group, rows <= FEW<T>);
+    Panels<T> right(terms, sums, group, rows <= kernels.few);
     Rows<T> ready(terms.size() * TILES * height);  // of the task, term by term
     const Buffer<T> memory(std::min(rows, TILES * height), centred);
     Sums<T> c[2];

@@ -24,10 +24,9 @@ DESCRIBED = {
 # (kernel, case, capability, kind) of each spill that is accepted. Exact float32 has no tensor core, and for it each
 # thread holds whole rows of what it multiplies in registers: these are the smallest tiles that Triton has.
 ACCEPTED = {
-    ("grad_source_kernel", "depth 128, one source", 80, "ieee"),
     ("grad_source_kernel", "depth 128, everything", 80, "ieee"),
     ("grad_source_kernel", "depth 256, everything", 80, "ieee"),
-    ("grad_query_kernel", "depth 256, one source", 80, "ieee"),
+    *(("grad_query_kernel", "depth 256, one source", capability, "ieee") for capability in (80, 90)),
     *(("grad_query_kernel", "depth 256, everything", capability, "ieee") for capability in SHARED_MEMORY),
     # 16 bytes where everything is asked for at once and the keys are split; half of the tile would cost all others
     ("forward_kernel", "depth 128, everything, split", 80, "half"),

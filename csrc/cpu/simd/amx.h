@@ -12,6 +12,7 @@ namespace {
 namespace amx {
 
 constexpr int64_t DEPTH = 32, ROWS = TILE_ROWS<bf16>, WIDTH = COLUMNS<bf16>, SIDE = 16, TILE = 1024;
+constexpr int64_t FEW = 8;                       // rows, see tiles.h
 constexpr int64_t LINE = WIDTH * sizeof(float);  // bytes of a row of sums
 constexpr int64_t RIGHT = WIDTH / SIDE * TILE;   // bytes of DEPTH packed k
 

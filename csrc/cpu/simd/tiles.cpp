@@ -295,14 +295,24 @@ static_assert(TILE_ROWS<bf16> <= TileKernels<bf16>::MOST_ROWS && ROWS <= TileKer
 
 template <class T>
 constexpr TileKernels<T> kernels = {
-    ROWS,         COLUMNS<T>,   GROUP<T>,        sizeof(Element<T>), nullptr,          nullptr,
-    pack_left<T>, pack_rows<T>, pack_columns<T>, multiply<T>,        multiply_rows<T>, multiply_columns<T>};
+    ROWS,        COLUMNS<T>,       GROUP<T>,           16 * sizeof(T), sizeof(Element<T>),
+    nullptr,     nullptr,          pack_left<T>,       pack_rows<T>,   pack_columns<T>,
+    multiply<T>, multiply_rows<T>, multiply_columns<T>};
 #ifdef __AMX_BF16__
 template <>
-constexpr TileKernels<bf16> kernels<bf16> = {amx::ROWS,      amx::WIDTH,          amx::DEPTH,
-                                             sizeof(bf16),   amx::begin,          amx::end,
-                                             amx::pack_left, amx::pack_rows,      amx::pack_columns,
-                                             amx::multiply,  multiply_rows<bf16>, multiply_columns<bf16>};
+constexpr TileKernels<bf16> kernels<bf16> = {amx::ROWS,
+                                             amx::WIDTH,
+                                             amx::DEPTH,
+                                             amx::FEW,
+                                             sizeof(bf16),
+                                             amx::begin,
+                                             amx::end,
+                                             amx::pack_left,
+                                             amx::pack_rows,
+                                             amx::pack_columns,
+                                             amx::multiply,
+                                             multiply_rows<bf16>,
+                                             multiply_columns<bf16>};
 #endif
 
 }  // namespace

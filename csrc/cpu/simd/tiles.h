@@ -15,6 +15,7 @@ struct TileKernels {
   static constexpr int64_t MOST_ROWS = sizeof(T) == 2 ? 32 : 6, MOST_COLUMNS = 256 / sizeof(A);
 
   int64_t rows, columns, group;
+  int64_t few;    // rows, for which packing what they are multiplied with takes longer than it saves
   int64_t bytes;  // of an element of the right-hand side once packed
   // What a thread has to do before and after its products; null: nothing.
   void (*begin)();

@@ -1,5 +1,6 @@
 """What only the C++ kernels of concat_linear promise: instruction sets, memory, and what the library may contain."""
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -91,6 +92,20 @@ def test_the_environment_names_an_instruction_set():
 def test_long_sums_are_as_exact(isa):
     """One chain of 5000 additions would lose ten times what the reference loses."""
     check(on("cpu"), reference.concat_linear, example(((3, 700, 4100), (3, 1, 900)), 70), torch.float32)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("depth", [1, 31, 33, 80])
+def test_nan_in_a_row_stays_in_it(isa, depth):
+    """Where an instruction takes more of K than there is, what follows a row's end is the next row."""
+    for dtype, rows in itertools.product((torch.float32, torch.bfloat16), (7, 70)):
+        x = torch.randn(rows, depth, dtype=dtype, requires_grad=True)
+        weight, grad = torch.randn(96, depth, dtype=dtype), torch.randn(rows, 96, dtype=dtype)
+        with torch.no_grad():
+            x[1::2], grad[1::2] = torch.nan, torch.nan
+        out = on("cpu")(inputs=[x], weight=weight)
+        for t in (out, torch.autograd.grad(out, x, grad)[0]):
+            assert t[::2].isfinite().all() and t[1::2].isnan().all()
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)

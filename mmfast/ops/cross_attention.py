@@ -122,7 +122,7 @@ def cross_attention(
         wide = torch.promote_types(query.dtype, torch.float32)
         source_bias = source_bias.to(wide).expand(*query.shape[:2], n)
     tensors = (query, *keys, *values, source_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and [t for t in tensors if t is not None and t.requires_grad]:
         out, lse, *mass = _CrossAttention.apply(
             backend, causal, scale, return_stats, present, *lengths, *masks, *distinct(*tensors)
         )
@@ -234,12 +234,14 @@ def _check(
     kv_heads = value_depth = None
     for i, (key, value, length, mask) in enumerate(zip(keys, values, lengths, masks, strict=True)):
         of_key, of_value = key.shape, value.shape  # once: to look at a tensor takes time
-        for name, one, shape in (("key", key, of_key), ("value", value, of_value)):
-            if one.dtype != dtype or one.device != device:
-                got = f"{one.dtype} on {one.device}"
-                raise _wrong(f"{name} of sources[{i}]", got, f"query's {dtype} on {device}")
-            if len(shape) != 4:
-                raise _wrong(f"{name} of sources[{i}]", shape, "[B, Hkv, S, features]")
+        alike = key.dtype is dtype is value.dtype and key.device == device == value.device
+        if not alike or len(of_key) != 4 or len(of_value) != 4:
+            for name, one in (("key", key), ("value", value)):
+                if one.dtype != dtype or one.device != device:
+                    got = f"{one.dtype} on {one.device}"
+                    raise _wrong(f"{name} of sources[{i}]", got, f"query's {dtype} on {device}")
+                if one.dim() != 4:
+                    raise _wrong(f"{name} of sources[{i}]", one.shape, "[B, Hkv, S, features]")
         size = of_key[2]
         if kv_heads is None:
             kv_heads, value_depth = of_key[1], of_value[3]

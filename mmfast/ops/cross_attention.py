@@ -102,8 +102,8 @@ def cross_attention(
     _require("return_stats", return_stats, bool, "a bool")
     lengths, masks = _per_source("lengths", lengths, n), _per_source("masks", masks, n)
     causal = _causal_of_each(causal, n)
-    query, *kv = autocast(query, *(t for source in sources for t in source))
-    keys, values = kv[::2], kv[1::2]
+    query, *kv = autocast(query, *[key for key, _ in sources], *[value for _, value in sources])
+    keys, values = kv[:n], kv[n:]
     _check(query, keys, values, lengths, masks, present, source_bias)
     backend = choose("cross_attention", query.device)
     if backend == "reference":
@@ -121,7 +121,7 @@ def cross_attention(
     if source_bias is not None:
         wide = torch.promote_types(query.dtype, torch.float32)
         source_bias = source_bias.to(wide).expand(*query.shape[:2], n)
-    tensors = (query, *keys, *values, source_bias)
+    tensors = (query, *kv, source_bias)
     if torch.is_grad_enabled() and [t for t in tensors if t is not None and t.requires_grad]:
         out, lse, *mass = _CrossAttention.apply(
             backend, causal, scale, return_stats, present, *lengths, *masks, *distinct(*tensors)

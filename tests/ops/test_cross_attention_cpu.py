@@ -271,7 +271,7 @@ def test_the_way_to_the_kernel_takes_the_host_little_time():
         "all": lambda: cross_attention(query, sources),
         "kernel": lambda: kernel(query, keys, values, none, none, None, [False] * 3, None, None, False),
     }
-    fastest, end = dict.fromkeys(calls, float("inf")), time.monotonic() + 60
+    fastest, end = dict.fromkeys(calls, float("inf")), time.monotonic() + 180
     while not fastest["all"] - fastest["kernel"] <= 15e-6:
         assert time.monotonic() < end, fastest  # until then others may have the machine
         for name, call in calls.items():

@@ -29,21 +29,22 @@ std::vector<A> row_sums(const RowKernels<T>& kernels, const Matrix<const T>& g, 
   for (int64_t q = 0; q < count; ++q)
     for (int64_t k = start[q]; k < start[q + 1]; k += PART)
       parts.push_back({q, k, std::min(k + PART, start[q + 1])});
-  std::vector<A> partial(parts.size() * g.columns, 0), sums(count * g.columns, 0);
+  std::vector<A> partial(parts.size() * g.columns, 0);
   parallel_rows(parts.size(), PART * g.columns, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k)
       for (int64_t i = parts[k].begin; i < parts[k].end; ++i)
         kernels.accumulate(partial.data() + k * g.columns, scale(order[i]), g.row(order[i]), g.columns);
   });
+  std::vector<Wider<A>> sums(count * g.columns, 0);
   for (size_t k = 0; k < parts.size(); ++k)
-    row_kernels<A>().accumulate(sums.data() + parts[k].own * g.columns, 1, partial.data() + k * g.columns,
-                                g.columns);
-  return sums;
+    for (int64_t o = 0; o < g.columns; ++o) sums[parts[k].own * g.columns + o] += partial[k * g.columns + o];
+  return {sums.begin(), sums.end()};
 }
 
 template <class T>
 struct Backward {
   using A = typename wide<T>::type;
+  using Sum = typename wider<T>::type;
   const Problem<T>& p;
   Matrix<const T> g;  // of the linear part's output [rows, width]
   const A *mean, *rstd;
@@ -161,7 +162,7 @@ struct Backward {
   // concatenation.
   void norm_inputs(const std::vector<Rows<T>>& x, const std::vector<Rows<T>>& rows) {
     const size_t n = p.sources.size();
-    std::vector<A> avg(2 * p.rows, 0);  // avg(d), avg(d x^) of each row
+    std::vector<Sum> avg(2 * p.rows, 0);  // avg(d), avg(d x^) of each row
     std::vector<std::optional<Buffer<T>>> unwanted(n);
     std::vector<T*> dx(n);
     for (size_t i = 0; i < n; ++i) {
@@ -173,7 +174,7 @@ struct Backward {
       const std::optional<Buffer<A>> projected = s.full ? std::nullopt : std::optional(p.pooled_product(i));
       parallel_rows(p.rows, p.depth, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) {
-          A* const sums = &avg[2 * r];
+          Sum* const sums = &avg[2 * r];
           const bool visible = p.visible(s, r);
           if (visible && s.full) {
             p.kernels.norm_sums(sums, dx[i] + r * s.depth, x[i][r], mean[r], rstd[r], p.norm_weight_of(s),
@@ -188,7 +189,7 @@ struct Backward {
       });
       unwanted[i].reset();
     }
-    for (A& value : avg) value /= std::max<int64_t>(p.depth, 1);
+    for (Sum& value : avg) value /= std::max<int64_t>(p.depth, 1);
     for (size_t i = 0; i < n; ++i) {
       const auto& s = p.sources[i];
       if (!needs[i]) continue;

@@ -122,19 +122,21 @@ def check(op, reference, arguments, dtype, upstreams=1, runs=None):
     """Runs ``op`` and ``reference`` on the same numbers and compares outputs and gradients as promised.
 
     What the reference itself loses in float64 cannot be seen in float64: it is taken from float32, in the
-    proportion of the two eps. It is the most of what it loses under several random upstream gradients: where few
-    numbers are summed it may be next to nothing under one of them, by luck. ``op`` runs under the first few of them
-    where running it takes long.
+    proportion of the two eps. It is the most of what it loses under several random upstream gradients, and under
+    several draws of the arguments' values where ``arguments`` is a list of them: where few numbers are summed or
+    compared it may be next to nothing under one of them, by luck. ``op`` runs under the first few of them where
+    running it takes long.
     """
     seen = torch.float32 if dtype == torch.float64 else dtype
-    rounded = cast(arguments, seen)
+    draws = [cast(values, seen) for values in (arguments if isinstance(arguments, list) else [arguments])]
+    cases = [(values, seed) for values in draws for seed in range(upstreams)]
     results = [
         (
-            run(op, cast(rounded, dtype), seed) if seed < (runs or upstreams) else None,
-            run(reference, cast(rounded, torch.float64), seed),
-            run(reference, cast(rounded, seen), seed),
+            run(op, cast(values, dtype), seed) if case < (runs or len(cases)) else None,
+            run(reference, cast(values, torch.float64), seed),
+            run(reference, cast(values, seen), seed),
         )
-        for seed in range(upstreams)
+        for case, (values, seed) in enumerate(cases)
     ]
     for name in results[0][0]:
         own = max(worst(same[name].double() - meant[name]) for _, meant, same in results)

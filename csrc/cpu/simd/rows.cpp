@@ -218,24 +218,32 @@ void normalize(T* out, const T* x, Acc<T> mean, Acc<T> rstd, const T* weight, in
   });
 }
 
+// The terms of a norm's gradient cancel against each other, down to nothing for a row of one feature:
+// float32's are made and summed in float64.
 template <class T>
-void norm_sums(Acc<T>* sums, const T* dy, const T* x, Acc<T> mean, Acc<T> rstd, const T* weight, int64_t n) {
-  Vec<T> a{}, b{};
+Exact<T> exact(Vec<T> v) {
+  return __builtin_convertvector(v, Exact<T>);
+}
+
+template <class T>
+void norm_sums(Sum<T>* sums, const T* dy, const T* x, Sum<T> mean, Sum<T> rstd, const T* weight, int64_t n) {
+  Exact<T> a{}, b{};
   sweep<T>(n, [&](int64_t c, auto part) {
-    const Vec<T> d = load(dy + c, part) * weight_of(weight, c, part);
+    const Exact<T> d = exact<T>(load(dy + c, part)) * exact<T>(weight_of(weight, c, part));
     a += d;
-    b += d * ((load(x + c, part) - mean) * rstd);
+    b += d * ((exact<T>(load(x + c, part)) - mean) * rstd);
   });
   sums[0] += total(a);
   sums[1] += total(b);
 }
 
 template <class T>
-void norm_backward(T* dx, const T* x, Acc<T> mean, Acc<T> rstd, const T* weight, Acc<T> a, Acc<T> b,
+void norm_backward(T* dx, const T* x, Sum<T> mean, Sum<T> rstd, const T* weight, Sum<T> a, Sum<T> b,
                    int64_t n) {
   sweep<T>(n, [&](int64_t c, auto part) {
-    const Vec<T> normed = (load(x + c, part) - mean) * rstd;
-    store(dx + c, rstd * (load(dx + c, part) * weight_of(weight, c, part) - a - normed * b), part);
+    const Exact<T> d = exact<T>(load(dx + c, part)) * exact<T>(weight_of(weight, c, part));
+    const Exact<T> normed = (exact<T>(load(x + c, part)) - mean) * rstd;
+    store(dx + c, __builtin_convertvector(rstd * (d - a - normed * b), Vec<T>), part);
   });
 }
 

@@ -28,8 +28,18 @@ constexpr A LOG2_E = A(1.4426950408889634074L);
 enum class Activation : int { none, relu, gelu, silu, swiglu };
 enum class RowType : int { f32, f64, bf16 };
 
+// What sums are made in whose terms cancel against each other.
+template <class T>
+struct wider {
+  using type = typename wide<T>::type;
+};
+template <>
+struct wider<float> {
+  using type = double;
+};
+
 // T is what memory holds, A what sums are made in. n counts elements. A null pointer leaves its term out.
-template <class T, class A = typename wide<T>::type>
+template <class T, class A = typename wide<T>::type, class Sum = typename wider<T>::type>
 struct RowKernels {
   // out = x
   void (*narrow)(T* out, const A* x, int64_t n);
@@ -48,9 +58,9 @@ struct RowKernels {
   // out = (x - mean) * rstd * weight
   void (*normalize)(T* out, const T* x, A mean, A rstd, const T* weight, int64_t n);
   // sums[0] += sum dy * weight;  sums[1] += sum dy * weight * (x - mean) * rstd
-  void (*norm_sums)(A* sums, const T* dy, const T* x, A mean, A rstd, const T* weight, int64_t n);
+  void (*norm_sums)(Sum* sums, const T* dy, const T* x, Sum mean, Sum rstd, const T* weight, int64_t n);
   // dx = rstd * (dy * weight - a - (x - mean) * rstd * b), dy in dx
-  void (*norm_backward)(T* dx, const T* x, A mean, A rstd, const T* weight, A a, A b, int64_t n);
+  void (*norm_backward)(T* dx, const T* x, Sum mean, Sum rstd, const T* weight, Sum a, Sum b, int64_t n);
   // z += k;  dweight += w * z;  z = z * weight + c * bias: one output's row of the weight gradient under a
   // norm
   void (*norm_weights)(T* z, A* dweight, const T* w, A k, A c, const T* weight, const T* bias, int64_t n);

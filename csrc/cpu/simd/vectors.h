@@ -25,21 +25,34 @@ using Int = int32_t __attribute__((vector_size(BYTES)));
 using Uint = uint32_t __attribute__((vector_size(BYTES)));
 using Half = uint16_t __attribute__((vector_size(BYTES / 2)));
 using Double = double __attribute__((vector_size(BYTES)));
+using Doubles = double __attribute__((vector_size(2 * BYTES)));  // as many as Float has
 
 template <class T>
 struct Traits {
   using A = float;
   using V = Float;
+  using Exact = Float;
+};
+template <>
+struct Traits<float> {
+  using A = float;
+  using V = Float;
+  using Exact = Doubles;
 };
 template <>
 struct Traits<double> {
   using A = double;
   using V = Double;
+  using Exact = Double;
 };
 template <class T>
 using Vec = typename Traits<T>::V;
 template <class T>
 using Acc = typename Traits<T>::A;
+template <class T>
+using Exact = typename Traits<T>::Exact;
+template <class T>
+using Sum = typename mmfast::wider<T>::type;
 template <class T>
 constexpr int lanes = BYTES / sizeof(Acc<T>);
 

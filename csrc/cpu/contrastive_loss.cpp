@@ -67,10 +67,8 @@ class LogitTiles {
   // rows first ... first + count of the panel in a slot
   const A* tile(int64_t slot, int64_t first, int64_t count) const {
     const T* left[TileKernels<T>::MOST_ROWS];
-    const A* start[TileKernels<T>::MOST_ROWS];
-    std::fill_n(start, k.rows, Sums<T>::zeros);
     for (int64_t i = 0; i < k.rows; ++i) left[i] = pairs_.a[first + std::min(i, count - 1)];
-    k.multiply(made_.data(), start, left, k.group, packed_.row(slot), pairs_.depth);
+    k.multiply(made_.data(), nullptr, left, k.group, count, packed_.row(slot), pairs_.depth);
     return made_.data();
   }
 
@@ -207,8 +205,6 @@ class Gradient {
     const auto& k = tile_kernels<T>();
     const int64_t column = p * k.columns, used = std::min(k.columns, depth_ - column);
     alignas(64) A c[MOST_ROWS * TileKernels<T>::MOST_COLUMNS];
-    const A* start[MOST_ROWS];
-    std::fill_n(start, k.rows, Sums<T>::zeros);
     T* to[MOST_ROWS];
     for (int64_t i = 0; i < count; ++i) {
       to[i] = rows_[first + i] + column;
@@ -220,9 +216,11 @@ class Gradient {
         lower[i] = lower_.row(first + i) + column;
         fetch_to_write(lower[i], used);
       }
-      k.multiply(c, start, left, step, right, depth);
+      k.multiply(c, nullptr, left, step, count, right, depth);
       contrastive_kernels<T>().add_to_halves(to, lower, c, count, used);
     } else {
+      const A* start[MOST_ROWS];
+      std::fill_n(start, k.rows, Sums<T>::zeros);
       for (int64_t i = 0; i < count; ++i)
         if (used == k.columns) {
           start[i] = to[i];
@@ -230,7 +228,7 @@ class Gradient {
           start[i] = c + i * k.columns;
           std::fill_n(std::copy_n(to[i], used, c + i * k.columns), k.columns - used, A(0));
         }
-      k.multiply(c, start, left, step, right, depth);
+      k.multiply(c, start, left, step, count, right, depth);
       for (int64_t i = 0; i < count; ++i) std::copy_n(c + i * k.columns, used, to[i]);
     }
   }

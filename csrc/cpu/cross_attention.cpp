@@ -51,15 +51,19 @@ class Worker {
       : a_(a),
         keys_(a.depth, rows <= FEW_ROWS<T>),
         values_(KEYS, a.value_depth, rows <= FEW_ROWS<T>),
-        query_(rows),
+        queries_(parts(rows, k_.rows) * k_.rows, a.depth),
         seen_(rows),
         bias_(rows),
         logits_(parts(KEYS, k_.columns), k_.rows * k_.columns),
-        weights_(k_.rows, KEYS) {}
+        weights_(k_.rows, KEYS) {
+    std::fill_n(queries_.data(), parts(rows, k_.rows) * k_.rows * a.depth, T{});
+    std::fill_n(weights_.data(), k_.rows * KEYS, T{});
+  }
 
   void run(const Task& task, Partial<T>& out) {
     out.clear(task.rows);
-    for (int64_t r = 0; r < task.rows; ++r) query_[r] = a_.query_row(task.b, task.kv_head, task.first + r);
+    for (int64_t r = 0; r < task.rows; ++r)
+      std::copy_n(a_.query_row(task.b, task.kv_head, task.first + r), a_.depth, queries_.row(r));
     const auto& blocks = a_.blocks[task.b];
     const int64_t end = std::min<int64_t>(task.until, blocks.size());
     BlockWalk<T> walk(a_, task.b, task.kv_head, end);
@@ -95,7 +99,7 @@ class Worker {
     walk.step();
     if (v.count == 0) return;
     const T* left[TileKernels<T>::MOST_ROWS];
-    v.fill(left, [&](int64_t i) { return query_[v.row[i]]; });
+    for (int64_t i = 0; i < k_.rows; ++i) left[i] = queries_.row(v.row[i]);
     keys_.multiply(logits_.data(), left, v.count, v.most);
     // The kernel looks for the maximum before it scales.
     if (a_.scale2 < 0) softmax_.scale(logits_.data(), -1, parts(KEYS, k_.columns) * k_.rows * k_.columns);
@@ -113,7 +117,7 @@ class Worker {
   const AttentionKernels<T>& softmax_ = attention_kernels<T>();
   Columns<T> keys_;
   Lines<T> values_;
-  std::vector<const T*> query_;
+  Buffer<T> queries_;  // and rows of no use, up to whole tiles
   std::vector<int64_t> seen_;
   std::vector<A> bias_;
   Buffer<A> logits_;

@@ -245,7 +245,8 @@ class BlockWalk {
   int now_ = 0;
 };
 
-// The rows of a tile that see anything of a block, and how many of its keys.
+// The rows of a tile that see anything of a block, and how many of its keys. To `row` the tile's other rows
+// are added if all see something, else the last fills it up: rows that lie evenly are multiplied in place.
 template <class T>
 struct Viewers {
   static constexpr int64_t MOST_ROWS = TileKernels<T>::MOST_ROWS;
@@ -256,7 +257,8 @@ struct Viewers {
   Viewers(const int64_t* seen, int64_t least_seen, int64_t first, int64_t end, const Block<T>& block) {
     if (least_seen - block.first >= block.count) {
       count = end - first, most = least = block.count;
-      for (int64_t i = 0; i < count; ++i) row[i] = first + i, keys[i] = block.count;
+      std::iota(row, row + MOST_ROWS, first);
+      std::fill_n(keys, count, block.count);
       return;
     }
     for (int64_t r = first; r < end; ++r) {
@@ -268,11 +270,7 @@ struct Viewers {
       row[count] = r, keys[count++] = n;
       least = std::min(least, n), most = std::max(most, n);
     }
-  }
-  // f(i) for each row of a tile: a short one's last row fills it up.
-  template <class P, class F>
-  void fill(P* to, F f) const {
-    for (int64_t i = 0; i < tile_kernels<T>().rows; ++i) to[i] = f(std::min(i, count - 1));
+    for (int64_t i = count; count && i < MOST_ROWS; ++i) row[i] = all ? first + i : row[count - 1];
   }
 };
 
@@ -294,13 +292,11 @@ class Columns {
   }
   // c [panels][a tile] = left @ the columns, `most` of them
   void multiply(A* c, const T* const* left, int64_t count, int64_t most) const {
-    const A* start[TileKernels<T>::MOST_ROWS];
-    std::fill_n(start, k_.rows, Sums<T>::zeros);
     for (int64_t p = 0; p * k_.columns < most; ++p, c += k_.rows * k_.columns)
       if (in_place_)
-        k_.multiply_columns(c, start, left, count, of_ + p * k_.columns, used(p), depth_);
+        k_.multiply_columns(c, nullptr, left, count, of_ + p * k_.columns, used(p), depth_);
       else
-        k_.multiply(c, start, left, k_.group, packed_.row(p), depth_);
+        k_.multiply(c, nullptr, left, k_.group, count, packed_.row(p), depth_);
   }
 
  private:
@@ -336,7 +332,7 @@ class Lines {
     if (lies_ready(p))
       k_.multiply_rows(c, start, left, count, of_, p * k_.columns, depth);
     else
-      k_.multiply(c, start, left, step, packed_.row(p), depth);
+      k_.multiply(c, start, left, step, count, packed_.row(p), depth);
   }
 
  private:
@@ -369,18 +365,18 @@ class RowSums {
       row_kernels<T>().narrow(to + p * k_.columns, row(r, p), std::min(k_.columns, width - p * k_.columns));
   }
 
-  // The rows of a tile take on weights [count, KEYS] @ lines. What only some of the rows see they add one by
-  // one: 0 times what the others do not see could be nan.
+  // The rows of a tile take on weights [a tile's rows, KEYS] @ lines. What only some of the rows see they add
+  // one by one: 0 times what the others do not see could be nan.
   void add(const Viewers<T>& v, int64_t block_count, const Buffer<T>& weights, int64_t first_weight,
            const Lines<T>& lines) {
     const T* left[TileKernels<T>::MOST_ROWS];
     const A* start[TileKernels<T>::MOST_ROWS];
     const int64_t common = v.least == block_count ? v.least : v.least / k_.group * k_.group;
-    v.fill(left, [&](int64_t i) { return weights.row(first_weight + i); });
+    for (int64_t i = 0; i < k_.rows; ++i) left[i] = weights.row(first_weight + i);
     alignas(64) A apart[TileKernels<T>::MOST_ROWS * TileKernels<T>::MOST_COLUMNS];
     for (int64_t p = 0; p < panels_; ++p) {
       A* const c = v.all ? row(v.row[0], p) : apart;
-      v.fill(start, [&](int64_t i) { return v.all ? c + i * k_.columns : row(v.row[i], p); });
+      for (int64_t i = 0; i < k_.rows; ++i) start[i] = row(v.row[i], p);
       if (common) lines.multiply(c, start, left, k_.group, v.count, p, common);
       if (v.all && common == v.most) continue;
       for (int64_t i = 0; i < v.count; ++i) {

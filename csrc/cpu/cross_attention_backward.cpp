@@ -37,7 +37,7 @@ template <class T, class A = typename wide<T>::type>
 class Worker {
  public:
   static constexpr int64_t KEYS = AttentionKernels<T>::KEYS;
-  static constexpr int64_t ROWS = 96;  // of queries, whose weights stay in the second cache
+  static constexpr int64_t ROWS = 96;  // of queries, whole tiles; their weights stay in the second cache
 
   Worker(const Attention<T>& a, const Needs& needs, const Heads<T>& grad, const Elements<A>& grad_lse,
          const A* normalizers, const A* delta, const Gradients<T>& out)
@@ -64,7 +64,10 @@ class Worker {
         d_weights_(parts(KEYS, k_.columns), k_.rows * k_.columns),
         p_(ROWS, KEYS),
         ds_(ROWS, KEYS),
-        left_(1, whole_groups<T>(ROWS) * k_.rows) {}
+        left_(1, whole_groups<T>(ROWS) * k_.rows) {
+    std::fill_n(p_.data(), ROWS * KEYS, T{});
+    std::fill_n(ds_.data(), ROWS * KEYS, T{});
+  }
 
   // d_query becomes what these keys give, and of_source, unless null, the sums of dS and of P [rows, n, 2].
   void run(const Task& task, RowSums<T>& d_query, A* of_source) {
@@ -139,11 +142,13 @@ class Worker {
 
   // P and dS of a tile's rows, from row `to` of theirs on.
   void weights(const Task& task, int64_t i, const Viewers<T>& v, int64_t to, A* of_source) {
-    const T* left[TileKernels<T>::MOST_ROWS];
-    v.fill(left, [&](int64_t k) { return queries_[to + k]; });
-    keys_.multiply(logits_.data(), left, v.count, v.most);
-    v.fill(left, [&](int64_t k) { return grads_[to + k]; });
-    values_.multiply(d_weights_.data(), left, v.count, v.most);
+    const auto multiply = [&](const Columns<T>& columns, Buffer<A>& c, const T* const* rows) {
+      const T* left[TileKernels<T>::MOST_ROWS];  // a short tile's last row fills it up
+      for (int64_t k = 0; k < k_.rows; ++k) left[k] = rows[to + std::min(k, v.count - 1)];
+      columns.multiply(c.data(), left, v.count, v.most);
+    };
+    multiply(keys_, logits_, queries_);
+    multiply(values_, d_weights_, grads_);
     for (int64_t k = 0; k < v.count; ++k) {
       const int64_t r = v.row[k], at = a_.output_row(task.b, task.kv_head, r);
       const bool alone = v.keys[k] == seen_of_all_[r];
@@ -168,7 +173,8 @@ class Worker {
       k_.pack_left(left_.data(), from, j, count, std::min(k_.rows, KEYS - j));
       for (int64_t p = 0; p < sums.panels(); ++p) {
         for (int64_t i = 0; i < k_.rows; ++i) start[i] = sums.row(j, p) + i * k_.columns;
-        lines.multiply(sums.row(j, p), start, left, k_.rows * k_.group, k_.rows, p, count);
+        lines.multiply(sums.row(j, p), start, left, k_.rows * k_.group, std::min(k_.rows, keys - j), p,
+                       count);
       }
     }
   }

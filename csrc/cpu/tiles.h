@@ -124,7 +124,7 @@ struct Right {
                 const char* packed) const {
     const auto& k = tile_kernels<T>();
     if (packed)
-      k.multiply(c, start, left, k.group, packed, depth);
+      k.multiply(c, start, left, k.group, count, packed, depth);
     else if (transposed)
       k.multiply_columns(c, start, left, count, rows.data() + p * width(), used(p), depth);
     else
@@ -336,7 +336,6 @@ void product_over_rows(const Rows<T>& left, int64_t m, const Rows<T>& right, int
     take_turns<T>(parts(tiles, TILES), 1, TILES * tile * panels * std::max(depth, MEMORY), [&](auto take) {
       const Buffer<T> packed(TILES, whole_groups<T>(depth) * height);
       Sums<T> own;
-      std::fill_n(own.at, height, Sums<T>::zeros);
       for (int64_t task; (task = take()) >= 0;) {
         const int64_t from = task * TILES, until = std::min(from + TILES, tiles);
         for (int64_t i = 0; i < depth; i += NEAR)
@@ -346,13 +345,15 @@ void product_over_rows(const Rows<T>& left, int64_t m, const Rows<T>& right, int
         for (int64_t p = 0; p < panels; ++p)
           for (int64_t t = from; t < until; ++t) {
             A* const sums = once ? own.of : c.row(t * panels + p);
+            const int64_t count = std::min(height, m - t * height);
             const T* rows[TileKernels<T>::MOST_ROWS];
             for (int64_t i = 0; i < height; ++i) {
               rows[i] = packed.row(t - from) + i * kernels.group;
-              if (!begins) own.at[i] = sums + i * width;
+              own.at[i] = sums + i * width;
             }
-            kernels.multiply(sums, own.at, rows, height * kernels.group, whole.row(p), depth);
-            for (int64_t i = 0; ends && i < std::min(height, m - t * height); ++i)
+            kernels.multiply(sums, begins ? nullptr : own.at, rows, height * kernels.group, count,
+                             whole.row(p), depth);
+            for (int64_t i = 0; ends && i < count; ++i)
               end(t * height + i, p * width, std::min(width, n - p * width), sums + i * width);
           }
       }

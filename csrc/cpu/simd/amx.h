@@ -86,69 +86,85 @@ void pack_columns(void* to_, const bf16* const* from, int64_t depth, int64_t cou
     }
 }
 
-// Bytes from one row of a tile to the next, -1 where they do not lie evenly.
+// Bytes from one of so many rows to the next, -1 where they do not lie evenly.
 template <class X>
-int64_t stride_of(const X* const* row) {
+int64_t stride_of(const X* const* row, int64_t rows) {
   const int64_t stride = bytes(row[1]) - bytes(row[0]);
   bool even = true;
-  for (int64_t i = 2; i < ROWS; ++i) even &= bytes(row[i]) - bytes(row[i - 1]) == stride;
+  for (int64_t i = 2; i < rows; ++i) even &= bytes(row[i]) - bytes(row[i - 1]) == stride;
   return even ? stride : -1;
 }
 
-// c = start + left @ right, 32 columns of it, over `groups` of k
+// `rows` rows, 16 or 32, and 32 columns of c = start + left @ right, over `groups` of k
+template <int64_t rows>
 void multiply_half(float* c, const float* start, int64_t of_start, const bf16* left, int64_t step,
                    int64_t of_left, const char* right, int64_t groups) {
-  const char* const from = bytes(start);
-  _tile_loadd(0, from, of_start);
-  _tile_loadd(1, from + BYTES, of_start);
-  _tile_loadd(2, from + SIDE * of_start, of_start);
-  _tile_loadd(3, from + SIDE * of_start + BYTES, of_start);
+  constexpr bool two = rows > SIDE;
+  if (const char* const from = bytes(start)) {
+    _tile_loadd(0, from, of_start);
+    _tile_loadd(1, from + BYTES, of_start);
+    if (two) _tile_loadd(2, from + SIDE * of_start, of_start);
+    if (two) _tile_loadd(3, from + SIDE * of_start + BYTES, of_start);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (two) _tile_zero(2);
+    if (two) _tile_zero(3);
+  }
   for (int64_t g = 0; g < groups; ++g, left += step, right += RIGHT) {
     _tile_loadd(6, right, BYTES);
     _tile_loadd(4, left, of_left);
     _tile_loadd(7, right + TILE, BYTES);
-    _tile_loadd(5, bytes(left) + SIDE * of_left, of_left);
+    if (two) _tile_loadd(5, bytes(left) + SIDE * of_left, of_left);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    if (two) _tile_dpbf16ps(2, 5, 6);
+    if (two) _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, c, LINE);
   _tile_stored(1, c + SIDE, LINE);
-  _tile_stored(2, c + SIDE * WIDTH, LINE);
-  _tile_stored(3, c + SIDE * WIDTH + SIDE, LINE);
+  if (two) _tile_stored(2, c + SIDE * WIDTH, LINE);
+  if (two) _tile_stored(3, c + SIDE * WIDTH + SIDE, LINE);
 }
 
-void multiply(float* c, const float* const* start, const bf16* const* left, int64_t step, const void* right_,
-              int64_t depth) {
+template <int64_t rows>
+void multiply_rows_of(float* c, const float* const* start, const bf16* const* left, int64_t step,
+                      const void* right_, int64_t depth) {
   const char* right = static_cast<const char*>(right_);
-  const float* first = start[0];
-  int64_t of_start = stride_of(start);
+  const float* first = start ? start[0] : nullptr;
+  int64_t of_start = start ? stride_of(start, rows) : 0;
   if (of_start < 0) {
-    for (int64_t i = 0; i < ROWS; ++i)
+    for (int64_t i = 0; i < rows; ++i)
       if (start[i] != c + i * WIDTH) __builtin_memcpy(c + i * WIDTH, start[i], LINE);
     first = c, of_start = LINE;
   }
   const auto add = [&](const bf16* from, int64_t of_left, int64_t groups) {
     settle();
     for (int64_t j = 0; j < WIDTH; j += 2 * SIDE)
-      multiply_half(c + j, first + j, of_start, from, step, of_left, right + j / SIDE * TILE, groups);
+      multiply_half<rows>(c + j, first ? first + j : nullptr, of_start, from, step, of_left,
+                          right + j / SIDE * TILE, groups);
     first = c, of_start = LINE, right += groups * RIGHT;
   };
 
   // Rows are read where they lie if they lie evenly. Only what is packed has zeros behind its end.
-  const int64_t of_left = stride_of(left);
+  const int64_t of_left = stride_of(left, rows);
   const int64_t there = step != DEPTH ? (depth + DEPTH - 1) / DEPTH : of_left < 0 ? 0 : depth / DEPTH;
   if (there || depth == 0) add(left[0], of_left, there);
-  step = ROWS * DEPTH;
+  step = rows * DEPTH;
   for (int64_t k = there * DEPTH; k < depth;) {
     constexpr int64_t GROUPS = 8;
-    alignas(64) bf16 apart[GROUPS * ROWS * DEPTH];
+    alignas(64) bf16 apart[GROUPS * rows * DEPTH];
     int64_t groups = 0;
     for (; groups < GROUPS && k < depth; ++groups, k += DEPTH)
-      for (int64_t i = 0; i < ROWS; ++i) put(apart, some(left[i] + k, depth - k), groups * ROWS + i);
+      for (int64_t i = 0; i < rows; ++i) put(apart, some(left[i] + k, depth - k), groups * rows + i);
     add(apart, BYTES, groups);
   }
+}
+
+void multiply(float* c, const float* const* start, const bf16* const* left, int64_t step, int64_t count,
+              const void* right, int64_t depth) {
+  const auto of = count > SIDE ? multiply_rows_of<2 * SIDE> : multiply_rows_of<SIDE>;
+  of(c, start, left, step, right, depth);
 }
 
 }  // namespace amx

@@ -163,7 +163,7 @@ __attribute__((always_inline)) inline void multiply_by(Acc<T>* c, const Acc<T>* 
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; ++v) {
-        sum[i][v] += bits<Vec<T>>(start[i] + v * lanes<T>, lanes<T>);
+        if (start) sum[i][v] += bits<Vec<T>>(start[i] + v * lanes<T>, lanes<T>);
         __builtin_memcpy(c + (i * VECTORS + v) * lanes<T>, &sum[i][v], BYTES);
       }
     start = own;
@@ -171,8 +171,8 @@ __attribute__((always_inline)) inline void multiply_by(Acc<T>* c, const Acc<T>* 
 }
 
 template <class T>
-void multiply(Acc<T>* c, const Acc<T>* const* start, const T* const* left, int64_t step, const void* right,
-              int64_t depth) {
+void multiply(Acc<T>* c, const Acc<T>* const* start, const T* const* left, int64_t step, int64_t,
+              const void* right, int64_t depth) {
   const auto fetch = [right](int64_t k, int v, int) {
     const auto* const row = static_cast<const Element<T>*>(right) + k * COLUMNS<T>;
     return bits<Vec<T>>(row + v * lanes<T> * GROUP<T>, lanes<T> * GROUP<T>);
@@ -206,7 +206,7 @@ void multiply_rows(Acc<T>* c, const Acc<T>* const* start, const T* const* left, 
     }
   };
   with_rows(count, [&]<int R>(int64_t i) {
-    multiply_by<T, R>(c + i * COLUMNS<T>, start + i, left + i, GROUP<T>, depth, fetch);
+    multiply_by<T, R>(c + i * COLUMNS<T>, start ? start + i : nullptr, left + i, GROUP<T>, depth, fetch);
   });
 }
 
@@ -266,7 +266,8 @@ void multiply_columns(Acc<T>* c, const Acc<T>* const* start, const T* const* lef
   with_rows(count, [&]<int R>(int64_t row) {
     Acc<T>* const own = c + row * COLUMNS<T>;
     const Acc<T>* before[R];
-    for (int i = 0; i < R; ++i) before[i] = start[row + i];
+    for (int i = 0; start && i < R; ++i) before[i] = start[row + i];
+    bool begins = !start;
     int64_t first = 0;
     do {
       const int64_t used = depth - first < NEAR ? depth - first : NEAR;
@@ -280,11 +281,12 @@ void multiply_columns(Acc<T>* c, const Acc<T>* const* start, const T* const* lef
         if (k < used) products<T, R>(sum, a, b, k, Part{used - k});
 #pragma GCC unroll 6
         for (int i = 0; i < R; ++i) {
-          const Vec<T> sums = totals(sum[i]) + bits<Vec<T>>(before[i] + j, VECTORS);
+          const Vec<T> sums = totals(sum[i]) + (begins ? Vec<T>{} : bits<Vec<T>>(before[i] + j, VECTORS));
           __builtin_memcpy(own + i * COLUMNS<T> + j, &sums, VECTORS * sizeof(Acc<T>));
         }
       }
       for (int i = 0; i < R; ++i) before[i] = own + i * COLUMNS<T>;
+      begins = false;
       first += used;
     } while (first < depth);
   });

@@ -27,11 +27,12 @@ struct TileKernels {
   // The same of a transposed one: element (k, j) is from[j][k].
   void (*pack_columns)(void* to, const T* const* from, int64_t depth, int64_t count);
   // c [rows, columns] = start + left @ right: start's row i lies at start[i], which may be c's own, and
-  // left's element (i, k) is left[i][k / group * step + k % group]
-  void (*multiply)(A* c, const A* const* start, const T* const* left, int64_t step, const void* right,
-                   int64_t depth);
-  // The same for the first `count` rows, with a right-hand side that is not packed: (k, j) is right[k][first
-  // + j] ...
+  // left's element (i, k) is left[i][k / group * step + k % group]. A null start is zeros. Only the first
+  // `count` rows are wanted, but all can be read.
+  void (*multiply)(A* c, const A* const* start, const T* const* left, int64_t step, int64_t count,
+                   const void* right, int64_t depth);
+  // The same with a right-hand side that is not packed: (k, j) is right[k][first + j] ... Rows from `count`
+  // on are neither read nor written.
   void (*multiply_rows)(A* c, const A* const* start, const T* const* left, int64_t count,
                         const T* const* right, int64_t first, int64_t depth);
   // ... or right[j][k], for the first `columns` columns

@@ -376,7 +376,7 @@ class RowSums {
     alignas(64) A apart[TileKernels<T>::MOST_ROWS * TileKernels<T>::MOST_COLUMNS];
     for (int64_t p = 0; p < panels_; ++p) {
       A* const c = v.all ? row(v.row[0], p) : apart;
-      for (int64_t i = 0; i < k_.rows; ++i) start[i] = row(v.row[i], p);
+      for (int64_t i = 0; i < k_.rows; ++i) start[i] = v.all ? c + i * k_.columns : row(v.row[i], p);
       if (common) lines.multiply(c, start, left, k_.group, v.count, p, common);
       if (v.all && common == v.most) continue;
       for (int64_t i = 0; i < v.count; ++i) {

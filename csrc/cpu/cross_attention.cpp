@@ -45,19 +45,17 @@ struct Task {
 template <class T, class A = typename wide<T>::type>
 class Worker {
  public:
-  static constexpr int64_t KEYS = AttentionKernels<T>::KEYS;
-
   Worker(const Attention<T>& a, int64_t rows)
       : a_(a),
         keys_(a.depth, rows <= FEW_ROWS<T>),
-        values_(KEYS, a.value_depth, rows <= FEW_ROWS<T>),
+        values_(a.block_keys, a.value_depth, rows <= FEW_ROWS<T>),
         queries_(parts(rows, k_.rows) * k_.rows, a.depth),
         seen_(rows),
         bias_(rows),
-        logits_(parts(KEYS, k_.columns), k_.rows * k_.columns),
-        weights_(k_.rows, KEYS) {
+        logits_(parts(a.block_keys, k_.columns), k_.rows * k_.columns),
+        weights_(k_.rows, a.block_keys) {
     std::fill_n(queries_.data(), parts(rows, k_.rows) * k_.rows * a.depth, T{});
-    std::fill_n(weights_.data(), k_.rows * KEYS, T{});
+    std::fill_n(weights_.data(), k_.rows * a.block_keys, T{});
   }
 
   void run(const Task& task, Partial<T>& out) {
@@ -102,7 +100,8 @@ class Worker {
     for (int64_t i = 0; i < k_.rows; ++i) left[i] = queries_.row(v.row[i]);
     keys_.multiply(logits_.data(), left, v.count, v.most);
     // The kernel looks for the maximum before it scales.
-    if (a_.scale2 < 0) softmax_.scale(logits_.data(), -1, parts(KEYS, k_.columns) * k_.rows * k_.columns);
+    if (a_.scale2 < 0)
+      softmax_.scale(logits_.data(), -1, parts(a_.block_keys, k_.columns) * k_.rows * k_.columns);
     A factor[TileKernels<T>::MOST_ROWS];
     softmax_.softmax(weights_.data(), logits_.data(), v.count, v.row, v.keys, std::abs(a_.scale2),
                      bias_.data(), out.max.data(), out.total.data(), factor);
@@ -127,7 +126,6 @@ class Worker {
 template <class T>
 Tensors forward(const Attention<T>& a, bool want_mass) {
   using A = typename wide<T>::type;
-  constexpr int64_t KEYS = AttentionKernels<T>::KEYS;
   const Shape rows_shape{a.batch, a.heads, a.queries};
   Tensors made{empty({a.batch, a.heads, a.queries, a.value_depth}, scalar_type<T>),
                empty(rows_shape, scalar_type<A>), empty({a.batch, a.heads, a.queries, 2}, scalar_type<A>)};
@@ -168,15 +166,15 @@ Tensors forward(const Attention<T>& a, bool want_mass) {
   };
 
   // A task has rows enough to pack the keys for, or else all threads have something to do.
-  constexpr int64_t LEAST_TILES = 16, MOST_TILES = 64, LEAST_BLOCKS = 4;
+  constexpr int64_t LEAST_TILES = 16, MOST_TILES = 64, LEAST_KEYS = 256;
   const int64_t height = tile_kernels<T>().rows, wanted = 4 * torch::stable::get_num_threads();
   const int64_t heads = a.batch * a.kv_heads, tiles = parts(a.rows, height);
   const int64_t of_task = std::clamp(parts(heads * tiles, wanted), LEAST_TILES, MOST_TILES) * height;
   const int64_t row_blocks = parts(a.rows, of_task), rows = std::min(of_task, a.rows);
-  const int64_t splits =
-      heads * row_blocks >= wanted || heads * row_blocks == 0
-          ? 1
-          : std::clamp<int64_t>(a.most_blocks / LEAST_BLOCKS, 1, parts(wanted, heads * row_blocks));
+  const int64_t splits = heads * row_blocks >= wanted || heads * row_blocks == 0
+                             ? 1
+                             : std::clamp<int64_t>(a.most_blocks * a.block_keys / LEAST_KEYS, 1,
+                                                   parts(wanted, heads * row_blocks));
   const int64_t span = std::max<int64_t>(parts(a.most_blocks, splits), 1), of_line = row_blocks * splits;
   const auto task_at = [&](int64_t k) {
     const int64_t line = k / of_line, first = k % of_line / splits * of_task, split = k % splits;
@@ -186,7 +184,7 @@ Tensors forward(const Attention<T>& a, bool want_mass) {
   std::vector<Partial<T>> partials;
   if (splits > 1)
     for (int64_t k = 0; k < heads * of_line; ++k) partials.emplace_back(a, task_at(k).rows);
-  const int64_t cost = rows * std::min(span, a.most_blocks) * KEYS * (a.depth + a.value_depth);
+  const int64_t cost = rows * std::min(span, a.most_blocks) * a.block_keys * (a.depth + a.value_depth);
   take_turns<T>(heads, of_line, cost, [&](auto take) {
     Worker<T> worker(a, rows);
     std::optional<Partial<T>> own;

@@ -52,8 +52,7 @@ struct BlockStart {
 
 template <class T, class A = typename wide<T>::type>
 struct Attention {
-  static constexpr int64_t KEYS = AttentionKernels<T>::KEYS;
-
+  const int64_t block_keys = attention_kernels<T>().keys;
   Heads<T> query;
   std::vector<Heads<T>> key, value;
   int64_t batch, heads, kv_heads, queries, depth, value_depth, sources;
@@ -102,11 +101,11 @@ struct Attention {
         if (joins[i])
           joint[b] += own.count;
         else
-          for (int64_t first = 0; first < own.count; first += KEYS) blocks[b].push_back({i, first});
+          for (int64_t first = 0; first < own.count; first += block_keys) blocks[b].push_back({i, first});
       }
     }
     for (int64_t b = 0; b < batch; ++b) {
-      for (int64_t first = 0; first < joint[b]; first += KEYS) blocks[b].push_back({sources, first});
+      for (int64_t first = 0; first < joint[b]; first += block_keys) blocks[b].push_back({sources, first});
       most_blocks = std::max<int64_t>(most_blocks, blocks[b].size());
     }
   }
@@ -164,21 +163,21 @@ struct Attention {
   }
 };
 
-// Up to KEYS keys of one head, in the order in which queries see them, and their values.
+// Up to block_keys keys of one head, in the order in which queries see them, and their values.
 template <class T>
 struct Block {
-  static constexpr int64_t KEYS = AttentionKernels<T>::KEYS;
+  static constexpr int64_t MOST_KEYS = AttentionKernels<T>::MOST_KEYS;
   // Keys from ... until of the block are those of one source from number `first` on.
   struct Part {
     int64_t source, first, from, until;
   };
   int64_t first, count, part_count = 0;
-  Part part[KEYS];  // more than one in the joint only
-  const T *key[KEYS], *value[KEYS];
+  Part part[MOST_KEYS];  // more than one in the joint only
+  const T *key[MOST_KEYS], *value[MOST_KEYS];
 
   Block(const Attention<T>& a, int64_t b, int64_t kv_head, BlockStart start) : first(start.first) {
     const bool joint = start.source == a.sources;
-    count = std::min(KEYS, (joint ? a.joint[b] : a.of(b, start.source).count) - first);
+    count = std::min(a.block_keys, (joint ? a.joint[b] : a.of(b, start.source).count) - first);
     int64_t i = joint ? 0 : start.source, at = first;
     for (int64_t j = 0; j < count; ++i) {
       if (joint && !a.joins[i]) continue;
@@ -250,7 +249,7 @@ class BlockWalk {
 template <class T>
 struct Viewers {
   static constexpr int64_t MOST_ROWS = TileKernels<T>::MOST_ROWS;
-  int64_t row[MOST_ROWS], keys[MOST_ROWS], count = 0, most = 0, least = AttentionKernels<T>::KEYS;
+  int64_t row[MOST_ROWS], keys[MOST_ROWS], count = 0, most = 0, least = AttentionKernels<T>::MOST_KEYS;
   bool all = true;
 
   // `least_seen`, of any row
@@ -274,16 +273,14 @@ struct Viewers {
   }
 };
 
-// Products with a block's keys or values as columns, [features, KEYS]: logits.
+// Products with a block's keys or values as columns: logits [rows, block_keys].
 template <class T, class A = typename wide<T>::type>
 class Columns {
  public:
-  static constexpr int64_t KEYS = AttentionKernels<T>::KEYS;
-
   Columns(int64_t depth, bool in_place)
       : depth_(depth),
         in_place_(in_place),
-        packed_(parts(KEYS, k_.columns), in_place ? 0 : panel_bytes<T>(depth)) {}
+        packed_(parts(attention_kernels<T>().keys, k_.columns), in_place ? 0 : panel_bytes<T>(depth)) {}
 
   void take(const T* const* of, int64_t count) {
     of_ = of, count_ = count;
@@ -365,8 +362,8 @@ class RowSums {
       row_kernels<T>().narrow(to + p * k_.columns, row(r, p), std::min(k_.columns, width - p * k_.columns));
   }
 
-  // The rows of a tile take on weights [a tile's rows, KEYS] @ lines. What only some of the rows see they add
-  // one by one: 0 times what the others do not see could be nan.
+  // The rows of a tile take on weights [a tile's rows, block_keys] @ lines. What only some of the rows see
+  // they add one by one: 0 times what the others do not see could be nan.
   void add(const Viewers<T>& v, int64_t block_count, const Buffer<T>& weights, int64_t first_weight,
            const Lines<T>& lines) {
     const T* left[TileKernels<T>::MOST_ROWS];

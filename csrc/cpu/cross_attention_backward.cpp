@@ -36,7 +36,6 @@ struct Task {
 template <class T, class A = typename wide<T>::type>
 class Worker {
  public:
-  static constexpr int64_t KEYS = AttentionKernels<T>::KEYS;
   static constexpr int64_t ROWS = 96;  // of queries, whole tiles; their weights stay in the second cache
 
   Worker(const Attention<T>& a, const Needs& needs, const Heads<T>& grad, const Elements<A>& grad_lse,
@@ -50,23 +49,23 @@ class Worker {
         out_(out),
         keys_(a.depth, false),
         values_(a.value_depth, false),
-        key_lines_(KEYS, a.depth, false),
+        key_lines_(a.block_keys, a.depth, false),
         query_lines_(ROWS, a.depth, false),
         grad_lines_(ROWS, a.value_depth, false),
-        d_key_(KEYS, a.depth),
-        d_value_(KEYS, a.value_depth),
+        d_key_(a.block_keys, a.depth),
+        d_value_(a.block_keys, a.value_depth),
         query_(a.rows),
         grad_row_(a.rows),
         seen_(a.rows),
         seen_of_all_(a.rows),
         bias_(a.rows),
-        logits_(parts(KEYS, k_.columns), k_.rows * k_.columns),
-        d_weights_(parts(KEYS, k_.columns), k_.rows * k_.columns),
-        p_(ROWS, KEYS),
-        ds_(ROWS, KEYS),
+        logits_(parts(a.block_keys, k_.columns), k_.rows * k_.columns),
+        d_weights_(parts(a.block_keys, k_.columns), k_.rows * k_.columns),
+        p_(ROWS, a.block_keys),
+        ds_(ROWS, a.block_keys),
         left_(1, whole_groups<T>(ROWS) * k_.rows) {
-    std::fill_n(p_.data(), ROWS * KEYS, T{});
-    std::fill_n(ds_.data(), ROWS * KEYS, T{});
+    std::fill_n(p_.data(), ROWS * a.block_keys, T{});
+    std::fill_n(ds_.data(), ROWS * a.block_keys, T{});
   }
 
   // d_query becomes what these keys give, and of_source, unless null, the sums of dS and of P [rows, n, 2].
@@ -170,7 +169,7 @@ class Worker {
     const A* start[TileKernels<T>::MOST_ROWS];
     for (int64_t i = 0; i < k_.rows; ++i) left[i] = left_.data() + i * k_.group;
     for (int64_t j = 0; j < keys; j += k_.rows) {
-      k_.pack_left(left_.data(), from, j, count, std::min(k_.rows, KEYS - j));
+      k_.pack_left(left_.data(), from, j, count, std::min(k_.rows, a_.block_keys - j));
       for (int64_t p = 0; p < sums.panels(); ++p) {
         for (int64_t i = 0; i < k_.rows; ++i) start[i] = sums.row(j, p) + i * k_.columns;
         lines.multiply(sums.row(j, p), start, left, k_.rows * k_.group, std::min(k_.rows, keys - j), p,
@@ -261,7 +260,6 @@ template <class T>
 Tensors backward(const Attention<T>& a, const Tensor& grad_, const Maybe& grad_lse_, const Tensor& out,
                  const Tensor& normalizers, const std::vector<bool>& needs_) {
   using A = typename wide<T>::type;
-  constexpr int64_t KEYS = AttentionKernels<T>::KEYS;
   const Needs needs(needs_, a.sources);
   const Heads<T> grad(grad_);
   const Elements<A> grad_lse(grad_lse_, 0);
@@ -288,13 +286,14 @@ Tensors backward(const Attention<T>& a, const Tensor& grad_, const Maybe& grad_l
 
   // One task a head, or where that leaves threads without, several that share its keys: their dQ are added
   // up, as long as there is memory for them.
-  constexpr int64_t LEAST_BLOCKS = 4, MOST_BYTES = 48 << 20;
+  constexpr int64_t LEAST_KEYS = 256, MOST_BYTES = 48 << 20;
   const int64_t heads = a.batch * a.kv_heads, wanted = 4 * torch::stable::get_num_threads();
   const int64_t bytes = std::max<int64_t>(heads * a.rows * a.depth * sizeof(A), 1);
-  const int64_t splits = heads >= wanted || heads == 0
-                             ? 1
-                             : std::clamp<int64_t>(std::min(a.most_blocks / LEAST_BLOCKS, MOST_BYTES / bytes),
-                                                   1, parts(wanted, heads));
+  const int64_t splits =
+      heads >= wanted || heads == 0
+          ? 1
+          : std::clamp<int64_t>(std::min(a.most_blocks * a.block_keys / LEAST_KEYS, MOST_BYTES / bytes), 1,
+                                parts(wanted, heads));
   const int64_t span = std::max<int64_t>(parts(a.most_blocks, splits), 1);
   std::vector<RowSums<T>> d_queries;
   if (splits > 1)
@@ -313,7 +312,8 @@ Tensors backward(const Attention<T>& a, const Tensor& grad_, const Maybe& grad_l
     for (int64_t r = 0; needs.query && r < a.rows; ++r)
       sums->put(to.query + a.output_row(h / a.kv_heads, h % a.kv_heads, r) * a.depth, r, a.scale, a.depth);
   };
-  const int64_t cost = a.rows * std::min(span, a.most_blocks) * KEYS * 5 * (a.depth + a.value_depth) / 2;
+  const int64_t cost =
+      a.rows * std::min(span, a.most_blocks) * a.block_keys * 5 * (a.depth + a.value_depth) / 2;
   take_turns<T>(heads, splits, cost, [&](auto take) {
     Worker<T> worker(a, needs, grad, grad_lse, data<A>(normalizers), delta.data(), to);
     std::optional<RowSums<T>> own;

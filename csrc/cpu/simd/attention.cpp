@@ -7,7 +7,13 @@ using mmfast::AttentionKernels;
 
 namespace {
 
-constexpr int KEYS = AttentionKernels<float>::KEYS;
+// Of a block. With AMX to go from products to a softmax and back takes long: they get larger ones.
+template <class T>
+constexpr int KEYS = 64;
+#ifdef __AMX_BF16__
+template <>
+constexpr int KEYS<bf16> = 128;
+#endif
 
 // Vector v of a tile's row, which goes on in the next panel.
 template <class T>
@@ -16,15 +22,16 @@ Vec<T> part(const Acc<T>* row, int v) {
   return bits<Vec<T>>(panel + v % TILE_VECTORS * lanes<T>, lanes<T>);
 }
 
+// A row that sees no more than the first half of a block is not worked on further.
 template <class T>
-constexpr int VECTORS = KEYS / lanes<T>;
+constexpr int HALF = KEYS<T> / 2;
 
-template <class T>
-void store_all(T* p, const Vec<T> (&x)[VECTORS<T>]) {
+template <class T, int N>
+void store_all(T* p, const Vec<T> (&x)[N]) {
 #ifdef __AVX512BF16__
   if constexpr (sizeof(T) == 2) {  // two at a time cost as much as one
 #pragma GCC unroll 16
-    for (int v = 0; v < VECTORS<T>; v += 2) {
+    for (int v = 0; v < N; v += 2) {
       const __m512bh pair = _mm512_cvtne2ps_pbh((__m512)x[v + 1], (__m512)x[v]);
       __builtin_memcpy(p + v * lanes<T>, &pair, BYTES);
     }
@@ -32,20 +39,21 @@ void store_all(T* p, const Vec<T> (&x)[VECTORS<T>]) {
   }
 #endif
 #pragma GCC unroll 16
-  for (int v = 0; v < VECTORS<T>; ++v) store(p + v * lanes<T>, x[v], Whole{});
+  for (int v = 0; v < N; ++v) store(p + v * lanes<T>, x[v], Whole{});
 }
 
-template <class T, bool WHOLE>
+template <class T, int WIDTH, bool WHOLE>
 __attribute__((always_inline)) inline Acc<T> softmax_of(T* p, const Acc<T>* s, int64_t count, Acc<T> scale,
                                                         Acc<T> bias, Acc<T>* max, Acc<T>* sum) {
   using V = Vec<T>;
-  V x[VECTORS<T>];
+  constexpr int N = WIDTH / lanes<T>;
+  V x[N];
   const V none = V{} - __builtin_inf();
   const Acc<T> before = *max;
   const V limit = V{} + (before + SLACK);
   V most = none;
 #pragma GCC unroll 16
-  for (int v = 0; v < VECTORS<T>; ++v) {
+  for (int v = 0; v < N; ++v) {
     x[v] = part<T>(s, v);
     if (!WHOLE) x[v] = among<T>(v, count) ? x[v] : none;
     most = larger(x[v], most);
@@ -59,12 +67,13 @@ __attribute__((always_inline)) inline Acc<T> softmax_of(T* p, const Acc<T>* s, i
   V total = bits<V>(sum, lanes<T>) * factor;
   const Acc<T> shift = bias - *max;
 #pragma GCC unroll 16
-  for (int v = 0; v < VECTORS<T>; ++v) {
+  for (int v = 0; v < N; ++v) {
     x[v] = exp2<T>(x[v] * scale + shift);
     if (!WHOLE) x[v] = among<T>(v, count) ? x[v] : V{};
     total += x[v];
   }
   store_all(p, x);
+  __builtin_memset(p + WIDTH, 0, (KEYS<T> - WIDTH) * sizeof(T));
   __builtin_memcpy(sum, &total, BYTES);
   return factor;
 }
@@ -72,22 +81,26 @@ __attribute__((always_inline)) inline Acc<T> softmax_of(T* p, const Acc<T>* s, i
 template <class T>
 void softmax(T* p, const Acc<T>* s, int64_t rows, const int64_t* row, const int64_t* keys, Acc<T> scale,
              const Acc<T>* bias, Acc<T>* max, Acc<T>* sum, Acc<T>* factor) {
-  for (int64_t i = 0; i < rows; ++i, p += KEYS, s += COLUMNS<T>) {
+  for (int64_t i = 0; i < rows; ++i, p += KEYS<T>, s += COLUMNS<T>) {
     const int64_t r = row[i];
-    const auto of = [&]<bool WHOLE>() {
-      return softmax_of<T, WHOLE>(p, s, keys[i], scale, bias[r], max + r, sum + r * lanes<T>);
+    const auto of = [&]<int WIDTH, bool WHOLE>() {
+      return softmax_of<T, WIDTH, WHOLE>(p, s, keys[i], scale, bias[r], max + r, sum + r * lanes<T>);
     };
-    factor[i] = keys[i] == KEYS ? of.template operator()<true>() : of.template operator()<false>();
+    factor[i] = keys[i] == KEYS<T>   ? of.template operator()<KEYS<T>, true>()
+                : keys[i] > HALF<T>  ? of.template operator()<KEYS<T>, false>()
+                : keys[i] == HALF<T> ? of.template operator()<HALF<T>, true>()
+                                     : of.template operator()<HALF<T>, false>();
   }
 }
 
-template <class T, bool WHOLE, bool ALONE>
+template <class T, int WIDTH, bool WHOLE, bool ALONE>
 void softmax_backward_of(T* p, T* ds, const Acc<T>* s, const Acc<T>* dp, int64_t count, Acc<T> scale,
                          Acc<T> shift, Acc<T> inverse, Acc<T> delta, Acc<T>* sums) {
   using V = Vec<T>;
-  V e[VECTORS<T>], total_p{}, total_ds{}, mean{};
+  constexpr int N = WIDTH / lanes<T>;
+  V e[N], total_p{}, total_ds{}, mean{};
 #pragma GCC unroll 16
-  for (int v = 0; v < VECTORS<T>; ++v) {
+  for (int v = 0; v < N; ++v) {
     e[v] = exp2<T>(part<T>(s, v) * scale + shift) * inverse;
     if (!WHOLE) e[v] = among<T>(v, count) ? e[v] : V{};
     total_p += e[v];
@@ -95,7 +108,7 @@ void softmax_backward_of(T* p, T* ds, const Acc<T>* s, const Acc<T>* dp, int64_t
   if (ALONE) {
     const V whole = V{} + total(total_p);
 #pragma GCC unroll 16
-    for (int v = 0; v < VECTORS<T>; ++v) {
+    for (int v = 0; v < N; ++v) {
       e[v] /= whole;
       const V weighted = e[v] * part<T>(dp, v);
       mean += among<T>(v, count) ? weighted : V{};
@@ -103,7 +116,7 @@ void softmax_backward_of(T* p, T* ds, const Acc<T>* s, const Acc<T>* dp, int64_t
     mean = V{} + total(mean);
   }
 #pragma GCC unroll 16
-  for (int v = 0; v < VECTORS<T>; ++v) {
+  for (int v = 0; v < N; ++v) {
     const V dx = part<T>(dp, v);
     V d = e[v] * (ALONE ? dx - mean - delta : dx - delta);
     if (!WHOLE) d = among<T>(v, count) ? d : V{};
@@ -111,15 +124,21 @@ void softmax_backward_of(T* p, T* ds, const Acc<T>* s, const Acc<T>* dp, int64_t
     store(ds + v * lanes<T>, d, Whole{});
     total_ds += d;
   }
+  __builtin_memset(p + WIDTH, 0, (KEYS<T> - WIDTH) * sizeof(T));
+  __builtin_memset(ds + WIDTH, 0, (KEYS<T> - WIDTH) * sizeof(T));
   if (sums) sums[0] += total(total_ds), sums[1] += total(total_p);
 }
 
 template <class T>
 void softmax_backward(T* p, T* ds, const Acc<T>* s, const Acc<T>* dp, int64_t count, Acc<T> scale,
                       Acc<T> bias, Acc<T> max, Acc<T> inverse, Acc<T> delta, bool alone, Acc<T>* sums) {
-  const auto of = alone           ? softmax_backward_of<T, false, true>
-                  : count == KEYS ? softmax_backward_of<T, true, false>
-                                  : softmax_backward_of<T, false, false>;
+  constexpr int all = KEYS<T>, half = HALF<T>;
+  const auto of = alone && count > half ? softmax_backward_of<T, all, false, true>
+                  : alone               ? softmax_backward_of<T, half, false, true>
+                  : count == all        ? softmax_backward_of<T, all, true, false>
+                  : count > half        ? softmax_backward_of<T, all, false, false>
+                  : count == half       ? softmax_backward_of<T, half, true, false>
+                                        : softmax_backward_of<T, half, false, false>;
   of(p, ds, s, dp, count, scale, bias - max, inverse, delta, sums);
 }
 
@@ -129,7 +148,7 @@ void scale(A* x, A factor, int64_t n) {
 }
 
 template <class T>
-constexpr AttentionKernels<T> kernels = {lanes<T>, softmax<T>, softmax_backward<T>, scale<Acc<T>>};
+constexpr AttentionKernels<T> kernels = {KEYS<T>, lanes<T>, softmax<T>, softmax_backward<T>, scale<Acc<T>>};
 
 }  // namespace
 

@@ -10,8 +10,9 @@ namespace mmfast {
 // the row of one panel's tile, and a tile [rows, columns] further on that of the next.
 template <class T, class A = typename wide<T>::type>
 struct AttentionKernels {
-  static constexpr int64_t KEYS = 64;  // of a block: whole panels in every instruction set
+  static constexpr int64_t MOST_KEYS = sizeof(T) == 2 ? 128 : 64;  // in any instruction set
 
+  int64_t keys;   // of a block: whole panels
   int64_t lanes;  // of a vector of A
   // One step of an online softmax for some rows of a tile, whose max, sum [lanes] and bias lie at row[i]: p =
   // 2^(x - max) for the first keys[i] of the block, 0 for the rest of it; sum += p. factor[i] is what all

@@ -72,10 +72,7 @@ struct Backward {
     if (shared_sums.empty())
       return row_sums<T, A>(p.kernels, g, 1, [](int64_t) { return 0; }, [](int64_t) { return A(1); });
     const auto& [sizes, sums] = *shared_sums.begin();
-    std::vector<A> out(p.width, 0);
-    for (int64_t q = 0; q < mmfast::product(sizes); ++q)
-      row_kernels<A>().accumulate(out.data(), 1, sums.data() + q * p.width, p.width);
-    return out;
+    return sum_of_rows(sums, mmfast::product(sizes), p.width);
   }
 
   // dx = rows @ W_i, 0 where the source is absent
@@ -242,7 +239,7 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensor& weigh
     constexpr int64_t PART = 64;
     const std::vector<A> gate = tanh_of<T>(gate_, out_width);
     const int64_t parts = needs[n + 4] ? (p.rows + PART - 1) / PART : 0;
-    std::vector<A> partial(parts * out_width, 0), dgate(out_width, 0);
+    std::vector<A> partial(parts * out_width, 0);
     g = dz.emplace(p.rows, width).data();
     parallel_rows((p.rows + PART - 1) / PART, PART * width, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin * PART; r < std::min(end * PART, p.rows); ++r)
@@ -251,8 +248,7 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensor& weigh
                                     gate.empty() ? nullptr : gate.data(), activation, out_width);
     });
     if (needs[n + 4]) {
-      for (int64_t k = 0; k < parts; ++k)
-        row_kernels<A>().accumulate(dgate.data(), 1, partial.data() + k * out_width, out_width);
+      std::vector<A> dgate = sum_of_rows(partial, parts, out_width);
       for (int64_t o = 0; o < out_width; ++o) dgate[o] *= 1 - gate[o] * gate[o];
       if (gate_->numel() == 1)
         for (int64_t o = 1; o < out_width; ++o) dgate[0] += dgate[o];

@@ -244,8 +244,9 @@ class BlockWalk {
   int now_ = 0;
 };
 
-// The rows of a tile that see anything of a block, and how many of its keys. To `row` the tile's other rows
-// are added if all see something, else the last fills it up: rows that lie evenly are multiplied in place.
+// The rows of a tile that see anything of a block, and how many of its keys. `row` goes on to a whole tile,
+// since rows that lie evenly are multiplied in place: if all see something, with the tile's rows behind the
+// last, whose sums nobody reads, else with the last again.
 template <class T>
 struct Viewers {
   static constexpr int64_t MOST_ROWS = TileKernels<T>::MOST_ROWS;

@@ -36,7 +36,8 @@ struct Task {
 template <class T, class A = typename wide<T>::type>
 class Worker {
  public:
-  static constexpr int64_t ROWS = 96;  // of queries, whole tiles; their weights stay in the second cache
+  // Of queries; their weights stay in the second cache.
+  static constexpr int64_t ROWS = TileKernels<T>::WHOLE_TILES;
 
   Worker(const Attention<T>& a, const Needs& needs, const Heads<T>& grad, const Elements<A>& grad_lse,
          const A* normalizers, const A* delta, const Gradients<T>& out)

@@ -195,9 +195,7 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensors& fact
       }
   });
   if (sums_needed) {
-    std::vector<A> sum(size, 0);
-    for (int64_t part = 0; part < count; ++part)
-      row_kernels<A>().accumulate(sum.data(), 1, sums.data() + part * size, size);
+    const std::vector<A> sum = sum_of_rows(sums, count, size);
     for (int64_t i = 0; i < n; ++i)
       for (int64_t r = 0; needs[n + i] && r < R; ++r)  // of the 1
         row_kernels<T>().narrow(grads[n + i] + (r * (p.depth[i] + 1) + p.depth[i]) * O,

@@ -16,6 +16,15 @@ using Maybe = std::optional<Tensor>;
 template <class A>
 using Wider = std::conditional_t<std::is_same_v<A, float>, double, long double>;
 
+// [columns]: many rows added up one after the other lose nothing.
+template <class A>
+std::vector<A> sum_of_rows(const std::vector<A>& x, int64_t rows, int64_t columns) {
+  std::vector<Wider<A>> sum(columns, 0);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t o = 0; o < columns; ++o) sum[o] += x[r * columns + o];
+  return {sum.begin(), sum.end()};
+}
+
 template <class T>
 constexpr RowType row_type = std::is_same_v<T, double>  ? RowType::f64
                              : std::is_same_v<T, float> ? RowType::f32

@@ -98,7 +98,8 @@ def test_inductor_compiles_it_too():
 def problems(draw):
     """Any broadcasting, presence, options, and any layout with a dense last dimension; 16 draws of the values.
 
-    A norm of one or two features has a gradient of almost nothing, the rest of a difference: not to be compared.
+    A norm of one or two features leaves its inputs a gradient of almost nothing, the rest of a difference: it is not
+    asked for.
     """
     lead = draw(st.lists(st.sampled_from([0, 1, 2, 3, 5, 40]), max_size=3))
     shapes, layouts = [], []
@@ -116,13 +117,14 @@ def problems(draw):
         draw(st.integers(0, 99)),
     )
     options = {name: draw(st.booleans()) for name in ("norm", "residual", "bias")}
-    options["norm"] &= sum(shape[-1] for shape in shapes) > 2
+    grad = not options["norm"] or sum(shape[-1] for shape in shapes) > 2
     options["present"] = len(lead) > 0 and draw(st.booleans())
     values = [
         example(shapes, width, activation=activation, seed=1000 * k + seed, **options) for k in range(16)
     ]
     for arguments in values:
-        arguments["inputs"] = [laid_out(x, how) for x, how in zip(arguments["inputs"], layouts, strict=True)]
+        laid = [laid_out(x, how) for x, how in zip(arguments["inputs"], layouts, strict=True)]
+        arguments["inputs"] = [x.requires_grad_(grad) for x in laid]
     return values
 
 
@@ -139,7 +141,7 @@ def laid_out(x, how):
         x = x[:1].expand_as(x)
     elif how == "reversed":
         x = x.transpose(-1, 0).contiguous().transpose(-1, 0)
-    return x.requires_grad_()
+    return x
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -150,20 +152,6 @@ def test_any_shape_broadcast_presence_and_layout(name):
         check(on(name), reference.concat_linear, values, torch.float32, runs=1 if name == "triton" else None)
 
     every()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_norm_of_one_feature_has_no_gradient(dtype):
-    arguments = cast(example(((40, 1),), 1, norm=True), dtype)
-    with backend("cpu"):
-        concat_linear(**arguments).sum().backward()
-    assert not arguments["inputs"][0].grad.any()
-
-
-@pytest.mark.parametrize("norm", [False, True])
-def test_a_gradient_summed_over_many_rows_is_as_exact(norm):
-    arguments = example(((60000, 3), (1, 3)), 4, norm=norm)
-    check(on("cpu"), reference.concat_linear, arguments, torch.float32, upstreams=4)
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -35,6 +35,21 @@ def test_every_instruction_set_is_as_exact(isa, activation):
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_of_one_feature_has_no_gradient(isa, dtype):
+    arguments = cast(example(((40, 1),), 1, norm=True), dtype)
+    on("cpu")(**arguments).backward(torch.randn(40, 1, dtype=dtype))
+    assert not arguments["inputs"][0].grad.any()
+
+
+@pytest.mark.parametrize("shapes", [((60000, 3), (1, 3)), ((2, 30000, 3), (30000, 3))], ids=["one", "many"])
+@pytest.mark.parametrize("norm", [False, True])
+def test_gradients_summed_over_many_rows_are_as_exact(norm, shapes):
+    """To one row of a source that is broadcast, or to many, and to the bias."""
+    check(on("cpu"), reference.concat_linear, example(shapes, 4, norm=norm), torch.float32, upstreams=4)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize(
     "activation", [a for a in ACTIVATIONS if a != "relu"]
 )  # a step would cross its corner

@@ -128,8 +128,8 @@ void multiply_half(float* c, const float* start, int64_t of_start, const bf16* l
 }
 
 template <int64_t rows>
-void multiply_rows_of(float* c, const float* const* start, const bf16* const* left, int64_t step,
-                      const void* right_, int64_t depth) {
+void multiply_tile(float* c, const float* const* start, const bf16* const* left, int64_t step,
+                   const void* right_, int64_t depth) {
   const char* right = static_cast<const char*>(right_);
   const float* first = start ? start[0] : nullptr;
   int64_t of_start = start ? stride_of(start, rows) : 0;
@@ -163,7 +163,7 @@ void multiply_rows_of(float* c, const float* const* start, const bf16* const* le
 
 void multiply(float* c, const float* const* start, const bf16* const* left, int64_t step, int64_t count,
               const void* right, int64_t depth) {
-  const auto of = count > SIDE ? multiply_rows_of<2 * SIDE> : multiply_rows_of<SIDE>;
+  const auto of = count > SIDE ? multiply_tile<2 * SIDE> : multiply_tile<SIDE>;
   of(c, start, left, step, right, depth);
 }
 

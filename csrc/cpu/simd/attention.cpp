@@ -7,7 +7,8 @@ using mmfast::AttentionKernels;
 
 namespace {
 
-// Of a block. With AMX to go from products to a softmax and back takes long: they get larger ones.
+// Of a block. With AMX a tile's sums are in registers for a short time only: larger blocks load and store
+// them less often.
 template <class T>
 constexpr int KEYS = 64;
 #ifdef __AMX_BF16__
@@ -22,9 +23,14 @@ Vec<T> part(const Acc<T>* row, int v) {
   return bits<Vec<T>>(panel + v % TILE_VECTORS * lanes<T>, lanes<T>);
 }
 
-// A row that sees no more than the first half of a block is not worked on further.
+// Where a row sees no more than the first half of a block, the other half becomes zeros without a look at it.
 template <class T>
 constexpr int HALF = KEYS<T> / 2;
+
+template <class T>
+constexpr bool fits =
+    KEYS<T> <= AttentionKernels<T>::MOST_KEYS && KEYS<T> % COLUMNS<T> == 0 && HALF<T> % (2 * lanes<T>) == 0;
+static_assert(fits<float> && fits<double> && fits<bf16>);
 
 template <class T, int N>
 void store_all(T* p, const Vec<T> (&x)[N]) {

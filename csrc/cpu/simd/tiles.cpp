@@ -292,6 +292,8 @@ void multiply_columns(Acc<T>* c, const Acc<T>* const* start, const T* const* lef
   });
 }
 
+static_assert(TileKernels<bf16>::WHOLE_TILES % TILE_ROWS<bf16> == 0 &&
+              TileKernels<float>::WHOLE_TILES % ROWS == 0);
 static_assert(TILE_ROWS<bf16> <= TileKernels<bf16>::MOST_ROWS && ROWS <= TileKernels<float>::MOST_ROWS &&
               COLUMNS<float> <= TileKernels<float>::MOST_COLUMNS);
 

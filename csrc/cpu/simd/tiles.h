@@ -13,6 +13,7 @@ template <class T, class A = typename wide<T>::type>
 struct TileKernels {
   // In any instruction set.
   static constexpr int64_t MOST_ROWS = sizeof(T) == 2 ? 32 : 6, MOST_COLUMNS = 256 / sizeof(A);
+  static constexpr int64_t WHOLE_TILES = 96;  // rows
 
   int64_t rows, columns, group;
   int64_t few;    // rows, for which packing what they are multiplied with takes longer than it saves
@@ -27,8 +28,9 @@ struct TileKernels {
   // The same of a transposed one: element (k, j) is from[j][k].
   void (*pack_columns)(void* to, const T* const* from, int64_t depth, int64_t count);
   // c [rows, columns] = start + left @ right: start's row i lies at start[i], which may be c's own, and
-  // left's element (i, k) is left[i][k / group * step + k % group]. A null start is zeros. Only the first
-  // `count` rows are wanted, but all can be read.
+  // left's element (i, k) is left[i][k / group * step + k % group]. A null start is zeros. All rows
+  // of left and start can be read, but only the first `count` of c are wanted: the others may be written or
+  // not.
   void (*multiply)(A* c, const A* const* start, const T* const* left, int64_t step, int64_t count,
                    const void* right, int64_t depth);
   // The same with a right-hand side that is not packed: (k, j) is right[k][first + j] ... Rows from `count`

@@ -44,7 +44,7 @@ std::vector<A> row_sums(const RowKernels<T>& kernels, const Matrix<const T>& g, 
 template <class T>
 struct Backward {
   using A = typename wide<T>::type;
-  using Sum = typename wider<T>::type;
+  using Sum = typename exact_sum<T>::type;
   const Problem<T>& p;
   Matrix<const T> g;  // of the linear part's output [rows, width]
   const A *mean, *rstd;

@@ -16,7 +16,7 @@ using Maybe = std::optional<Tensor>;
 template <class A>
 using Wider = std::conditional_t<std::is_same_v<A, float>, double, long double>;
 
-// [columns]: many rows added up one after the other lose nothing.
+// [columns]. One chain of float32 over many rows would lose as many eps as there are rows.
 template <class A>
 std::vector<A> sum_of_rows(const std::vector<A>& x, int64_t rows, int64_t columns) {
   std::vector<Wider<A>> sum(columns, 0);

@@ -28,18 +28,19 @@ constexpr A LOG2_E = A(1.4426950408889634074L);
 enum class Activation : int { none, relu, gelu, silu, swiglu };
 enum class RowType : int { f32, f64, bf16 };
 
-// What sums are made in whose terms cancel against each other.
+// What sums are made in whose terms cancel against each other. For bfloat16 what they lose is nothing beside
+// its own rounding.
 template <class T>
-struct wider {
+struct exact_sum {
   using type = typename wide<T>::type;
 };
 template <>
-struct wider<float> {
+struct exact_sum<float> {
   using type = double;
 };
 
 // T is what memory holds, A what sums are made in. n counts elements. A null pointer leaves its term out.
-template <class T, class A = typename wide<T>::type, class Sum = typename wider<T>::type>
+template <class T, class A = typename wide<T>::type, class Sum = typename exact_sum<T>::type>
 struct RowKernels {
   // out = x
   void (*narrow)(T* out, const A* x, int64_t n);

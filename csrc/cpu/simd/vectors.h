@@ -52,7 +52,7 @@ using Acc = typename Traits<T>::A;
 template <class T>
 using Exact = typename Traits<T>::Exact;
 template <class T>
-using Sum = typename mmfast::wider<T>::type;
+using Sum = typename mmfast::exact_sum<T>::type;
 template <class T>
 constexpr int lanes = BYTES / sizeof(Acc<T>);
 

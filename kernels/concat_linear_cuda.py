@@ -1,10 +1,15 @@
-"""Backend ``cuda`` of ``concat_linear``: matrix products by PyTorch, the epilogue by ``csrc/cuda/``.
+"""Backend ``cuda`` of ``concat_linear``: matrix products by cuBLASLt, and an epilogue in ``csrc/cuda/``.
 
-Each source is multiplied by its own columns of the weight. The epilogue broadcasts the pooled ones, selects
-what is present, and applies bias, activation, gate and residual. The product of an absent source is made and
-left unread. A norm is plain PyTorch for now, and makes a normalised copy of each source.
+Each source is multiplied by its own columns of the weight. Where nothing can be absent and nothing but relu
+is asked of the sum, cuBLASLt makes the output at once: it takes on one source after another, and the last
+product adds what does not differ along rows, pooled sources and bias, as that product's bias. Else products
+are float32, and the epilogue broadcasts the pooled ones, selects what is present, and applies bias,
+activation, gate and residual. The product of an absent source is made and left unread. A norm is plain
+PyTorch for now, and makes a normalised copy of each source.
 """
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +20,10 @@ from mmfast.kernels._launch import lead_of, row_sum, walk
 from mmfast.ops._backend import LIB
 
 LIB.define(
+    "concat_linear_products.cuda(Tensor[] inputs, Tensor[] weights, Tensor? bias, Tensor? residual, "
+    "bool tf32, Tensor(a!) workspace, Tensor(b!) out) -> ()"
+)
+LIB.define(
     "concat_linear_epilogue.cuda(Tensor[] products, int[] sources, int[] walks, Tensor? present, "
     "Tensor? bias, str activation, Tensor? residual, Tensor? gate, Tensor(a!) out, Tensor(b!)? preact) -> ()"
 )
@@ -22,8 +31,10 @@ LIB.define(
     "concat_linear_epilogue_backward.cuda(Tensor grad, Tensor? preact, Tensor? gate, str activation, "
     "int rows_each, Tensor(a!)? grad_preact, Tensor(b!) bias_sum, Tensor(c!)? gate_sum) -> ()"
 )
+PRODUCTS = torch.ops.mmfast.concat_linear_products.cuda
 EPILOGUE = torch.ops.mmfast.concat_linear_epilogue.cuda
 EPILOGUE_BACKWARD = torch.ops.mmfast.concat_linear_epilogue_backward.cuda
+WORKSPACE = 32 << 20  # bytes, of which cuBLASLt takes as many as its algorithm wants
 
 
 @torch.autocast("cuda", enabled=False)  # the public function has cast already
@@ -55,6 +66,9 @@ def concat_linear(
         return made
 
     blocks = weight.split([x.shape[-1] for x in inputs], dim=1)
+    if len(made) == 1 and present is None and gate is None and activation in ("none", "relu"):
+        if _make_at_once(out, inputs, blocks, bias, residual, activation):
+            return made
     products = [_product(x, block) for x, block in zip(inputs, blocks, strict=True)]  # [..., O] in float32
     added = [] if residual is None else [residual.expand(*residual.shape[:-1], width)]
     sizes, tensors, strides = walk(lead, [*products, *added])
@@ -89,8 +103,8 @@ def concat_linear_backward(
         x_hats = _normalised(_selected(inputs, lead, present), mean, rstd)
         scaled = _scaled(x_hats, norm_weight, norm_bias)
         for x, column in zip(scaled, columns.split(widths, dim=1), strict=True):
-            column.copy_(g.t() @ x.to(dtype).reshape(-1, x.shape[-1]))
-        dys = [(g @ block).float().view(*lead, -1) for block in blocks]
+            column.copy_(g.t() @ _rows(x.to(dtype)))
+        dys = [(g @ block).float().view(*lead, block.shape[1]) for block in blocks]
         rows = list(range(len(lead)))
         norm_sums = [
             torch.cat([(dy * x).sum(rows) for dy, x in zip(dys, x_hats, strict=True)]),
@@ -109,14 +123,14 @@ def concat_linear_backward(
             mine, seen = g, present
             if own.numel() < lead.numel():
                 mine, seen = row_sum(g, lead, own, present, i)  # [own rows, O], float32
-            dx = (mine @ block.to(mine.dtype)).view(*own, -1)
+            dx = (mine @ block.to(mine.dtype)).view(*own, x.shape[-1])
             x = x.view(*own, x.shape[-1])
             if seen is not None:
                 flag = seen[:, i].view(-1, *[1] * len(own))
                 dx, x = torch.where(flag, dx, 0), torch.where(flag, x, 0)
             grads.append(dx.to(dtype).view(inputs[i].shape))
             column = columns.split(widths, dim=1)[i]
-            column.copy_(mine.t() @ x.reshape(-1, x.shape[-1]).to(mine.dtype))
+            column.copy_(mine.t() @ _rows(x).to(mine.dtype))
     grads += [columns, grad_bias, *norm_sums, grad_gate]
     return [t.to(dtype) for t, needed in zip(grads, needs, strict=True) if needed]
 
@@ -142,10 +156,63 @@ def _before_activation(
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """``x`` [..., D] @ ``weight`` [O, D] transposed, in float32 whatever the dtype."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _rows(x)
     if x.dtype == torch.float32:
-        return torch.mm(rows, weight.t()).view(*x.shape[:-1], -1)
-    return torch.mm(rows, weight.t(), out_dtype=torch.float32).view(*x.shape[:-1], -1)
+        return torch.mm(rows, weight.t()).view(*x.shape[:-1], len(weight))
+    return torch.mm(rows, weight.t(), out_dtype=torch.float32).view(*x.shape[:-1], len(weight))
+
+
+def _make_at_once(
+    out: Tensor, inputs: Sequence[Tensor], blocks: Sequence[Tensor], bias: Tensor | None,
+    residual: Tensor | None, activation: str,
+) -> bool:  # fmt: skip
+    """Makes ``out`` by cuBLASLt, or returns False.
+
+    It cannot where relu comes before a residual, where a source is broadcast along other leading dimensions
+    than the last ones or a residual along any, and where no source has all rows.
+
+    Pooled sources and bias are rounded to the dtype once together, and the sum so far after each source.
+    relu is a pass of its own, since cuBLASLt does not say what becomes of nan.
+    """
+    *lead, width = out.shape
+    own = [(*(1,) * (len(lead) + 1 - x.ndim), *x.shape[:-1]) for x in inputs]
+    dense = [i for i, mine in enumerate(own) if mine == (*lead,) and inputs[i].shape[-1]]
+    pooled = [i for i in range(len(inputs)) if i not in dense and inputs[i].shape[-1]]
+    each = torch.broadcast_shapes(*(own[i] for i in pooled))  # what the pooled have a sum for
+    outer = max((d + 1 for d, size in enumerate(each) if size > 1), default=0)
+    if not dense or each[:outer] != (*lead[:outer],):
+        return False
+    if residual is not None and (activation == "relu" or residual.shape[:-1] != (*lead,)):
+        return False
+
+    batch = math.prod(lead[:outer])
+    added = [_product(inputs[i], blocks[i]) for i in pooled]  # [..., O] in float32
+    if added:
+        wide = added if bias is None else [*added, bias.float()]
+        bias = functools.reduce(torch.add, wide).to(out.dtype)  # [..., O], of each sample
+    PRODUCTS(
+        [_in_rows(inputs[i], batch) for i in dense],
+        [_in_rows(blocks[i], 1)[0] for i in dense],
+        None if bias is None else bias.reshape(-1, width).contiguous(),
+        None if residual is None else _in_rows(residual, batch),
+        out.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
+        out.new_empty(WORKSPACE, dtype=torch.uint8),
+        out.view(batch, -1, width),
+    )
+    if activation == "relu":
+        out.relu_()
+    return True
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., D] as [rows, D], of which either may be 0."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _in_rows(x: Tensor, batch: int) -> Tensor:
+    """[batch, rows, D], a copy where rows overlap or are not dense."""
+    x = x.reshape(batch, -1, x.shape[-1])
+    return x if x.stride(2) == 1 and (x.stride(1) >= x.shape[2] or x.shape[1] == 1) else x.contiguous()
 
 
 def _selected(tensors: Sequence[Tensor], lead: torch.Size, present: Tensor | None) -> list[Tensor]:

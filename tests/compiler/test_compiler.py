@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import mmfast
 from mmfast.compiler import mmfast as backend
 from mmfast.compiler import rewrite
-from mmfast.ops import concat_linear, cross_attention, native_calls
+from mmfast.ops import concat_linear, contrastive_loss, cross_attention, native_calls
 
 NATIVE = "cpu" in {
     name for name, state in mmfast.ops.available("concat_linear", "cpu").items() if state == "ready"
@@ -54,6 +54,26 @@ class LateFusion(nn.Module):
         keys = torch.cat([one, other], 2)
         out = F.scaled_dot_product_attention(one, keys, torch.cat([other, one], 2), seen[:, None, None])
         return self.head(out.transpose(1, 2).flatten(2).mean(1))
+
+
+class Pair(nn.Module):
+    """CLIP: an image and a text tower, and the loss over all pairs of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.text = nn.Linear(24, 32), nn.Linear(12, 32)
+        self.log_scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, patches, sentence, seen):
+        x = checkpoint(lambda x: F.gelu(self.image(x)).mean(1), patches, use_reentrant=False)
+        a, b = F.normalize(x, dim=-1), F.normalize(self.text(sentence), dim=-1)
+        logits, target = self.log_scale.exp() * a @ b.t(), torch.arange(len(a))
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
+
+
+def pair():
+    torch.manual_seed(0)
+    return Pair()
 
 
 def model(**options):
@@ -303,10 +323,15 @@ def test_a_new_batch_size_compiles_once_more_and_never_again():
     )
 
 
-def test_fsdp2_and_checkpointing(tmp_path):
+@pytest.mark.parametrize(
+    ("make", "ops"),
+    [(lambda: model(rematerialise=True), (concat_linear, cross_attention)), (pair, (contrastive_loss,))],
+    ids=["late fusion", "CLIP"],
+)
+def test_fsdp2_and_checkpointing(tmp_path, make, ops):
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
-        ours = model(rematerialise=True)
+        ours = make()
         fully_shard(ours, mesh=init_device_mesh("cpu", (1,)))
         graphs = []
 
@@ -316,8 +341,8 @@ def test_fsdp2_and_checkpointing(tmp_path):
             return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
         ours.compile(backend=keep, fullgraph=True)
-        as_promised(step(ours, ours, batch()), model(), batch())
-        assert counted(graphs, concat_linear) == counted(graphs, cross_attention) == 1
+        as_promised(step(ours, ours, batch()), make(), batch())
+        assert [counted(graphs, op) for op in ops] == [1] * len(ops)
     finally:
         dist.destroy_process_group()
 

@@ -66,10 +66,10 @@ def held(dtype: str, device: str, variant: str) -> Callable[[], object]:
 def test_contrastive_loss(
     measured: Result, variant: str, rounds: Callable[[BenchmarkFixture], None], benchmark: BenchmarkFixture
 ) -> None:
-    """Every variant's rounds; in float32 we hold a fiftieth of what a peer holds beside the gradients."""
+    """Every variant's rounds; we hold a fiftieth of what a peer holds beside the gradients."""
     rounds(benchmark)
-    if variant != measured.ours and variant in measured.peak_bytes and measured.dtype == "float32":
-        gradients = 2 * WEIGHED * FEATURES * torch.float32.itemsize
+    if variant != measured.ours and variant in measured.peak_bytes:
+        gradients = 2 * WEIGHED * FEATURES * getattr(torch, measured.dtype).itemsize
         ours, peer = measured.peak_bytes[measured.ours], measured.peak_bytes[variant]
         assert peer - gradients > 50 * (ours - gradients)
 

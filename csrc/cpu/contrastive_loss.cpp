@@ -177,22 +177,23 @@ Tensors sigmoid_loss(const Pairs<T>& pairs, A scale, A bias) {
   return {loss};
 }
 
-// The gradient of one side, in which its rows are added up as wide as sums are: where the gradient is
-// narrower, it holds the upper half of each sum's bits, and `lower_` the other.
+// The gradient of one side, in which its rows are added up. Where it is narrower than sums are, it holds the
+// upper two bytes of each, and `lower_` a third: so many steps that each rounds to 16 significant bits lose
+// less than the last, which rounds to 8, and a fourth byte would be a quarter of all memory.
 template <class T, class A = typename wide<T>::type>
 class Gradient {
  public:
-  static constexpr bool HALVES = !std::is_same_v<T, A>;
+  static constexpr bool SPLIT = !std::is_same_v<T, A>;
 
   Gradient(const Pairs<T>& pairs, bool needed)
       : needed_(needed),
         depth_(pairs.depth),
-        lower_(needed && HALVES ? pairs.count : 0, pairs.depth),
+        lower_(needed && SPLIT ? pairs.count : 0, pairs.depth),
         rows_(needed ? pairs.count : 0) {
     if (!needed) return;
     made_.emplace(empty({pairs.samples, pairs.depth}, scalar_type<T>));
     clear(data<T>(*made_), pairs.samples);
-    if (HALVES) clear(lower_.data(), pairs.count);
+    if (SPLIT) clear(lower_.data(), pairs.count);
     for (int64_t i = 0; i < pairs.count; ++i) rows_[i] = data<T>(*made_) + pairs.sample[i] * pairs.depth;
   }
 
@@ -210,14 +211,14 @@ class Gradient {
       to[i] = rows_[first + i] + column;
       fetch_to_write(to[i], used);
     }
-    if constexpr (HALVES) {
-      uint16_t* lower[MOST_ROWS];
+    if constexpr (SPLIT) {
+      uint8_t* lower[MOST_ROWS];
       for (int64_t i = 0; i < count; ++i) {
         lower[i] = lower_.row(first + i) + column;
         fetch_to_write(lower[i], used);
       }
       k.multiply(c, nullptr, left, step, count, right, depth);
-      contrastive_kernels<T>().add_to_halves(to, lower, c, count, used);
+      contrastive_kernels<T>().add_to_split(to, lower, c, count, used);
     } else {
       const A* start[MOST_ROWS];
       std::fill_n(start, k.rows, Sums<T>::zeros);
@@ -233,11 +234,11 @@ class Gradient {
     }
   }
   Tensor finish() const {
-    if constexpr (HALVES)
+    if constexpr (SPLIT)
       parallel_rows(rows_.size(), depth_, [&](int64_t begin, int64_t end) {
         const Buffer<A> sums(1, depth_);
         for (int64_t i = begin; i < end; ++i) {
-          contrastive_kernels<T>().join_halves(sums.data(), rows_[i], lower_.row(i), depth_);
+          contrastive_kernels<T>().join_split(sums.data(), rows_[i], lower_.row(i), depth_);
           row_kernels<T>().narrow(rows_[i], sums.data(), depth_);
         }
       });
@@ -254,7 +255,7 @@ class Gradient {
 
   bool needed_;
   int64_t depth_;
-  Buffer<uint16_t> lower_;
+  Buffer<uint8_t> lower_;
   std::vector<T*> rows_;
   Maybe made_;
 };

@@ -232,25 +232,26 @@ void sigmoid_backward(T* g, int64_t stride, const Acc<T>* s, int64_t rows, int64
   of(g, stride, s, rows, columns, scale, bias, own, factor, sums);
 }
 
-float joined(bf16 upper, uint16_t lower) {
-  return __builtin_bit_cast(float, static_cast<uint32_t>(upper.bits) << 16 | lower);
+float joined(bf16 upper, uint8_t lower) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(upper.bits) << 16 | lower << 8);
 }
 
-void add_to_halves(bf16* const* upper, uint16_t* const* lower, const float* more, int64_t rows,
-                   int64_t columns) {
+void add_to_split(bf16* const* upper, uint8_t* const* lower, const float* more, int64_t rows,
+                  int64_t columns) {
   for (int64_t i = 0; i < rows; ++i) {
     const float* __restrict const x = more + i * COLUMNS<bf16>;
     bf16* __restrict const high = upper[i];
-    uint16_t* __restrict const low = lower[i];
+    uint8_t* __restrict const low = lower[i];
     for (int64_t c = 0; c < columns; ++c) {
-      const auto bits = __builtin_bit_cast(uint32_t, joined(high[c], low[c]) + x[c]);
+      // To the nearest. No nan becomes a number: what makes one here leaves its last bits 0.
+      const auto bits = __builtin_bit_cast(uint32_t, joined(high[c], low[c]) + x[c]) + 0x80;
       high[c].bits = bits >> 16;
-      low[c] = bits;
+      low[c] = bits >> 8;
     }
   }
 }
 
-void join_halves(float* to, const bf16* upper, const uint16_t* lower, int64_t n) {
+void join_split(float* to, const bf16* upper, const uint8_t* lower, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = joined(upper[i], lower[i]);
 }
 
@@ -260,7 +261,7 @@ constexpr ContrastiveKernels<T> kernels = {
 template <>
 constexpr ContrastiveKernels<bf16> kernels<bf16> = {
     lanes<bf16>,   softmax<bf16>, sigmoid<bf16>, softmax_backward<bf16>, sigmoid_backward<bf16>,
-    add_to_halves, join_halves};
+    add_to_split,  join_split};
 
 }  // namespace
 

@@ -260,8 +260,8 @@ constexpr ContrastiveKernels<T> kernels = {
     lanes<T>, softmax<T>, sigmoid<T>, softmax_backward<T>, sigmoid_backward<T>, nullptr, nullptr};
 template <>
 constexpr ContrastiveKernels<bf16> kernels<bf16> = {
-    lanes<bf16>,   softmax<bf16>, sigmoid<bf16>, softmax_backward<bf16>, sigmoid_backward<bf16>,
-    add_to_split,  join_split};
+    lanes<bf16>,  softmax<bf16>, sigmoid<bf16>, softmax_backward<bf16>, sigmoid_backward<bf16>,
+    add_to_split, join_split};
 
 }  // namespace
 

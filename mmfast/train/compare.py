@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ def first_gradients(run: Path) -> dict[str, Tensor]:
     found = checkpoint.steps(run)
     if 1 not in found:
         raise UserError(f"{run} has no checkpoint of step 1; train it with --trainer.max_steps 1")
-    state: dict[str, Any] = _load_state_dict_from_keys("optimizer", checkpoint_id=found[1])
+    with warnings.catch_warnings():  # one process is what is meant
+        warnings.filterwarnings("ignore", "torch.distributed is unavailable", UserWarning)
+        state: dict[str, Any] = _load_state_dict_from_keys("optimizer", checkpoint_id=found[1])
     return {name: moments["exp_avg"] for name, moments in state["optimizer"].items()}
 
 

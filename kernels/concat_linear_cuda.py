@@ -2,9 +2,10 @@
 
 Each source is multiplied by its own columns of the weight. Where nothing can be absent and nothing but relu
 is asked of the sum, cuBLASLt makes the output at once: it takes on one source after another, and the last
-product adds what does not differ along rows, pooled sources and bias, as that product's bias. Else products
-are float32, and the epilogue broadcasts the pooled ones, selects what is present, and applies bias,
-activation, gate and residual. The product of an absent source is made and left unread. A norm is plain
+product adds what does not differ along rows, pooled sources and bias, as that product's bias. In half
+precision, where the output is too narrow for sums, that is one source. Else products are float32, and the
+epilogue broadcasts the pooled ones, selects what is present, and applies bias, activation, gate and residual.
+The product of an absent source is made and left unread. A norm is plain
 PyTorch for now, and makes a normalised copy of each source.
 """
 
@@ -21,7 +22,7 @@ from mmfast.ops._backend import LIB
 
 LIB.define(
     "concat_linear_products.cuda(Tensor[] inputs, Tensor[] weights, Tensor? bias, Tensor? residual, "
-    "bool tf32, Tensor(a!) workspace, Tensor(b!) out) -> ()"
+    "bool tf32, Tensor(a!) workspace, Tensor(b!) out) -> bool"
 )
 LIB.define(
     "concat_linear_epilogue.cuda(Tensor[] products, int[] sources, int[] walks, Tensor? present, "
@@ -45,7 +46,9 @@ def concat_linear(
 ) -> list[Tensor]:  # fmt: skip
     """The forward, for up to 16 sources; arguments and results as of ``torch.ops.mmfast.concat_linear``.
 
-    Copied first: sources whose rows ``torch.mm`` cannot walk, and what ``mmfast.kernels._launch.walk`` does.
+    Copied first: sources whose rows ``torch.mm`` cannot walk, and what ``mmfast.kernels._launch.walk`` does;
+    before cuBLASLt makes the output, sources, weight and residual whose rows overlap, are not dense or are
+    not evenly apart. It works in 32 MiB of memory.
     """
     lead = lead_of("concat_linear", inputs)
     height = weight.shape[0]
@@ -169,9 +172,9 @@ def _make_at_once(
     """Makes ``out`` by cuBLASLt, or returns False.
 
     It cannot where relu comes before a residual, where a source is broadcast along other leading dimensions
-    than the last ones or a residual along any, and where no source has all rows.
+    than the last ones or a residual along any, where no source has all rows, where half precision would have
+    to hold a sum that is not the last, and where cuBLASLt says so.
 
-    Pooled sources and bias are rounded to the dtype once together, and the sum so far after each source.
     relu is a pass of its own, since cuBLASLt does not say what becomes of nan.
     """
     *lead, width = out.shape
@@ -182,26 +185,30 @@ def _make_at_once(
     outer = max((d + 1 for d, size in enumerate(each) if size > 1), default=0)
     if not dense or each[:outer] != (*lead[:outer],):
         return False
+    if out.dtype != torch.float32 and len(dense) + len(pooled) > 1:
+        return False
     if residual is not None and (activation == "relu" or residual.shape[:-1] != (*lead,)):
         return False
 
     batch = math.prod(lead[:outer])
-    added = [_product(inputs[i], blocks[i]) for i in pooled]  # [..., O] in float32
+    added = [_product(inputs[i], blocks[i]) for i in pooled]  # [..., O]
+    if bias is not None:
+        added.append(bias)
     if added:
-        wide = added if bias is None else [*added, bias.float()]
-        bias = functools.reduce(torch.add, wide).to(out.dtype)  # [..., O], of each sample
-    PRODUCTS(
+        rows = out.new_empty(batch, -(-width // 8) * 8)[:, :width]  # each begins at a multiple of 16 bytes
+        bias = rows.copy_(functools.reduce(torch.add, added).reshape(-1, width))
+    made: bool = PRODUCTS(
         [_in_rows(inputs[i], batch) for i in dense],
         [_in_rows(blocks[i], 1)[0] for i in dense],
-        None if bias is None else bias.reshape(-1, width).contiguous(),
+        bias,
         None if residual is None else _in_rows(residual, batch),
         out.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
         out.new_empty(WORKSPACE, dtype=torch.uint8),
         out.view(batch, -1, width),
     )
-    if activation == "relu":
+    if made and activation == "relu":
         out.relu_()
-    return True
+    return made
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -53,9 +53,10 @@ struct Matrix {
   }
 };
 
+// Launches, where cuBLASLt has an algorithm for it,
 // out [batch, rows, width] = x [batch, rows, depth] @ weight [width, depth] transposed + added [batch, rows,
 // width], which may be out itself, + bias, [1 or batch, width]
-void multiply(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& added,
+bool multiply(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& added,
               const std::optional<Tensor>& bias, bool tf32, const Tensor& workspace, const Tensor& out,
               cublasLtHandle_t handle, cudaStream_t stream) {
   const int64_t batch = out.size(0);
@@ -83,6 +84,9 @@ void multiply(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t name, const auto& value) {
     require(cublasLtMatmulPreferenceSetAttribute(&preference, name, &value, sizeof value), "a preference");
   };
+  // Parts of a long K are added up in float32 too, and in an order.
+  const uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+  prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, reduction);
   const size_t bytes = workspace.numel();
   prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, bytes);
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment(weight.data_ptr()));
@@ -93,21 +97,21 @@ void multiply(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   // By size and device, never by a measurement; cuBLASLt keeps what it has chosen.
   cublasLtMatmulHeuristicResult_t chosen{};
   int found = 0;
-  require(cublasLtMatmulAlgoGetHeuristic(handle, &product, &a.layout, &b.layout, &from.layout, &to.layout,
-                                         &preference, 1, &chosen, &found),
-          "to choose an algorithm");
-  STD_TORCH_CHECK(found == 1, "concat_linear: cuBLASLt has no algorithm for [", batch, ", ", x.size(1), ", ",
-                  x.size(2), "] @ [", weight.size(0), ", ", weight.size(1), "] transposed");
+  const auto status = cublasLtMatmulAlgoGetHeuristic(handle, &product, &a.layout, &b.layout, &from.layout,
+                                                     &to.layout, &preference, 1, &chosen, &found);
+  if (status != CUBLAS_STATUS_SUCCESS || found == 0 || chosen.state != CUBLAS_STATUS_SUCCESS) return false;
   const float one = 1, keep = added ? 1 : 0;
   require(cublasLtMatmul(handle, &product, &one, weight.data_ptr(), &a.layout, x.data_ptr(), &b.layout, &keep,
                          c.data_ptr(), &from.layout, out.mutable_data_ptr(), &to.layout, &chosen.algo,
                          workspace.mutable_data_ptr(), bytes, stream),
           "the launch");
+  return true;
 }
 
+// False where cuBLASLt cannot, which leaves anything in out:
 // out [batch, rows, width] = residual + the sum of inputs [batch, rows, depth] @ weights [width, depth]
 // transposed + bias [1 or batch, width]
-void products(const std::vector<Tensor>& inputs, const std::vector<Tensor>& weights,
+bool products(const std::vector<Tensor>& inputs, const std::vector<Tensor>& weights,
               const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, bool tf32,
               const Tensor& workspace, const Tensor& out) {
   STD_TORCH_CHECK(inputs.size() == weights.size(), "concat_linear: got ", weights.size(), " weights for ",
@@ -118,9 +122,11 @@ void products(const std::vector<Tensor>& inputs, const std::vector<Tensor>& weig
   // A handle of cuBLAS is one of cuBLASLt too.
   TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
   for (size_t i = 0; i < inputs.size(); ++i)
-    multiply(inputs[i], weights[i], i ? std::optional(out) : residual,
-             i + 1 < inputs.size() ? std::nullopt : bias, tf32, workspace, out,
-             static_cast<cublasLtHandle_t>(handle), static_cast<cudaStream_t>(stream));
+    if (!multiply(inputs[i], weights[i], i ? std::optional(out) : residual,
+                  i + 1 < inputs.size() ? std::nullopt : bias, tf32, workspace, out,
+                  static_cast<cublasLtHandle_t>(handle), static_cast<cudaStream_t>(stream)))
+      return false;
+  return true;
 }
 
 }  // namespace

@@ -51,7 +51,9 @@ def contrastive_loss(
         With no pair present both are 0.
 
     ``a`` and ``b`` are float32, bfloat16, float16, or float64 on the CPU; the scale and the bias are in the
-    same dtype or float32. Logits and sums are made in float32 or better. Under autocast a and b are cast.
+    same dtype or float32. Logits and sums are made in float32 or better, but for one: on the CPU a bfloat16
+    gradient keeps 16 significant bits from each 128 or 192 pairs to the next. Under autocast a and b are
+    cast.
 
     Raises:
         ValueError: a shape, dtype, device or ``kind`` does not fit, or the forced backend cannot run.

@@ -28,12 +28,12 @@ struct Product {
 };
 struct Preference {
   uint64_t workspace;
-  uint32_t aligned[4];
+  uint32_t aligned[4], reduction;
 };
 // The last product's, for Matmul to hold the pointers against and for tests to look at.
 inline Preference asked;
 inline cublasComputeType_t computed;
-inline bool knows_algorithm = true;
+inline int algorithms = 1 << 30;  // for so many more products
 
 template <class Own, class Opaque>
 Own& own(Opaque* opaque) {
@@ -108,7 +108,8 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t product,
 }
 
 cublasStatus_t cublasLtMatmulPreferenceInit_internal(cublasLtMatmulPreference_t preference, size_t) {
-  on_host::own<on_host::Preference>(preference) = {0, {256, 256, 256, 256}};
+  on_host::own<on_host::Preference>(preference) = {
+      0, {256, 256, 256, 256}, CUBLASLT_REDUCTION_SCHEME_MASK};
   return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -117,6 +118,8 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
                                                     const void* value, size_t size) {
   auto& own = on_host::own<on_host::Preference>(preference);
   switch (name) {
+    case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK:
+      return on_host::put(own.reduction, value, size);
     case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES:
       return on_host::put(own.workspace, value, size);
     case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES:
@@ -137,8 +140,8 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
                                               cublasLtMatrixLayout_t, cublasLtMatmulPreference_t preference,
                                               int, cublasLtMatmulHeuristicResult_t*, int* found) {
   on_host::asked = on_host::own<on_host::Preference>(preference);
-  *found = on_host::knows_algorithm;
-  return CUBLAS_STATUS_SUCCESS;
+  *found = on_host::algorithms-- > 0;
+  return *found ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
 }
 
 // d = alpha op(a) op(b) + beta c + bias, where matrices lie column by column
@@ -155,6 +158,10 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t product, co
   for (int i = 0; i < 4; ++i)
     if (asked.aligned[i] == 0 || reinterpret_cast<uint64_t>(pointers[i]) % asked.aligned[i])
       return CUBLAS_STATUS_NOT_SUPPORTED;
+  if (asked.reduction & ~CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE) return CUBLAS_STATUS_NOT_SUPPORTED;
+  // kernels are known that take 16 bytes of the bias at once, whatever its address
+  if (reinterpret_cast<uint64_t>(p.bias) % 16 || p.next_bias * bytes(own<Layout>(of_d).type) % 16)
+    return CUBLAS_STATUS_NOT_SUPPORTED;
   const bool has_bias = p.epilogue == CUBLASLT_EPILOGUE_BIAS;
   const bool half_tf32 = p.compute == CUBLAS_COMPUTE_32F_FAST_TF32 && A.type != CUDA_R_32F;
   if (half_tf32 || p.scale != CUDA_R_32F || has_bias != (p.bias != nullptr) || workspace > asked.workspace)

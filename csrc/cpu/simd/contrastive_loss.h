@@ -27,8 +27,8 @@ struct ContrastiveKernels {
   // The same for the loss of `sigmoid`.
   void (*sigmoid_backward)(T* g, int64_t stride, const A* s, int64_t rows, int64_t columns, A scale, A bias,
                            int64_t own, A factor, double* sums);
-  // For sums of three bytes, the upper two in T: those of [rows, columns] += more, a tile; and n of them as A.
-  // Each time they are rounded to 16 significant bits. Null where T holds all.
+  // For sums of three bytes, the upper two in T: those of [rows, columns] += more, a tile; and n of them as
+  // A. Each time they are rounded to 16 significant bits. Null where T holds all.
   void (*add_to_split)(T* const* upper, uint8_t* const* lower, const A* more, int64_t rows, int64_t columns);
   void (*join_split)(A* to, const T* upper, const uint8_t* lower, int64_t n);
 };

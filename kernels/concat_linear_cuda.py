@@ -5,8 +5,8 @@ is asked of the sum, cuBLASLt makes the output at once: it takes on one source a
 product adds what does not differ along rows, pooled sources and bias, as that product's bias. In half
 precision, where the output is too narrow for sums, that is one source. Else products are float32, and the
 epilogue broadcasts the pooled ones, selects what is present, and applies bias, activation, gate and residual.
-The product of an absent source is made and left unread. A norm is plain
-PyTorch for now, and makes a normalised copy of each source.
+The product of an absent source is made and left unread. A norm is plain PyTorch for now, and makes a
+normalised copy of each source.
 """
 
 import functools

@@ -4,8 +4,6 @@ host over a cuBLASLt for the host; see cublaslt_on_host.h. What the epilogue add
 
 import ctypes
 import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,12 +11,11 @@ import torch
 from check import assert_promised, worst
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from on_host import TORCH, build
 
 from mmfast.kernels import concat_linear_cuda as cuda
 from mmfast.ops import reference
 
-ROOT = Path(__file__).parents[2]
-TORCH = Path(torch.__file__).parent
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HOST = """
 #include "cublaslt_on_host.h"
@@ -28,9 +25,6 @@ HOST = """
 #undef CUDA
 
 extern "C" {
-AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle*) { return 0; }
-AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return 0; }
-AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**) { return 0; }
 AOTITorchError torch_get_current_cuda_blas_handle(void**) { return 0; }
 __attribute__((visibility("default"))) void set_algorithms(int count) { on_host::algorithms = count; }
 __attribute__((visibility("default"))) bool used_tf32() {
@@ -51,20 +45,10 @@ def headers():
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
-    compiler, cublaslt = shutil.which("g++"), headers()
-    if compiler is None or cublaslt is None:
-        pytest.skip("no g++" if compiler is None else "no headers of CUDA and cuBLASLt")
-    folder = tmp_path_factory.mktemp("host")
-    (folder / "host.cpp").write_text(HOST)
-    library = folder / "host.so"
-    options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-Wl,-Bsymbolic"]
-    defines = ["-DTORCH_TARGET_VERSION=0x020b000000000000ULL", "-DUSE_CUDA"]
-    folders = [ROOT / "csrc" / "cuda", ROOT / "tests" / "ops", TORCH / "include", *cublaslt]
-    files = [folder / "host.cpp", ROOT / "csrc" / "cpu" / "calls.cpp", TORCH / "lib" / "libtorch_cpu.so"]
-    command = [compiler, *options, *defines, *(f"-I{folder}" for folder in folders), *files, "-o", library]
-    subprocess.run(command, check=True)
-    torch.ops.load_library(str(library))
-    loaded = ctypes.CDLL(str(library))
+    cublaslt = headers()
+    if cublaslt is None:
+        pytest.skip("no headers of CUDA and cuBLASLt")
+    loaded = build(tmp_path_factory.mktemp("host"), HOST, include=cublaslt)
     loaded.used_tf32.restype = ctypes.c_bool
     return loaded
 

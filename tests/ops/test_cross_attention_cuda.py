@@ -3,15 +3,13 @@ compiled for the host; see warp_on_host.h.
 """
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from check import assert_promised, cast, check, same_bits, worst
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from on_host import build
 from test_cross_attention import OPTIONS, all_of, example, laid_out, on, problems, schema_arguments
 from test_cross_attention_absence import poisoned
 from torch.utils import _pytree as pytree
@@ -20,8 +18,6 @@ from mmfast import _native
 from mmfast.kernels import cross_attention_cuda as cuda
 from mmfast.ops import available, reference
 
-ROOT = Path(__file__).parents[2]
-TORCH = Path(torch.__file__).parent
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HOST = """
 #include "warp_on_host.h"
@@ -34,9 +30,6 @@ HOST = """
 #undef CUDA
 
 extern "C" {
-AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle*) { return 0; }
-AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return 0; }
-AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**) { return 0; }
 __attribute__((visibility("default"))) void set_reversed(bool value) { mmfast::reversed = value; }
 __attribute__((visibility("default"))) int64_t bank_conflicts() { return mmfast::bank_conflicts; }
 __attribute__((visibility("default"))) int64_t bytes_copied() { return mmfast::bytes_copied; }
@@ -73,19 +66,7 @@ const char* launch(const Attention& a, Type type, void*) {
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++")
-    folder = tmp_path_factory.mktemp("host")
-    (folder / "host.cpp").write_text(HOST)
-    library = folder / "host.so"
-    options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-march=native", "-Wl,-Bsymbolic"]
-    defines = ["-DTORCH_TARGET_VERSION=0x020b000000000000ULL", "-DUSE_CUDA"]
-    folders = [f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'tests' / 'ops'}", f"-isystem{TORCH / 'include'}"]
-    files = [folder / "host.cpp", ROOT / "csrc" / "cpu" / "calls.cpp", TORCH / "lib" / "libtorch_cpu.so"]
-    subprocess.run([compiler, *options, *defines, *folders, *files, "-o", library], check=True)
-    torch.ops.load_library(str(library))
-    loaded = ctypes.CDLL(str(library))
+    loaded = build(tmp_path_factory.mktemp("host"), HOST, options=["-march=native"])
     loaded.bank_conflicts.restype = loaded.bytes_copied.restype = ctypes.c_int64
     return loaded
 

@@ -18,6 +18,7 @@ from mmfast.bench.measure import Result, Spread
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16", "sve")
+_LIMITS = ("MMFAST_ISA", "ONEDNN_MAX_CPU_ISA")  # forbid instruction sets: ours, PyTorch's
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Machine:
     threads: int
     gpu: str | None
     versions: dict[str, str]
+    limits: dict[str, str] = field(default_factory=dict)  # environment that kept the run from some of them
 
     @classmethod
     def here(cls) -> "Machine":
@@ -46,14 +48,14 @@ class Machine:
             gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             versions={"python": platform.python_version()}
             | {p: _version(p) for p in ("torch", "triton", "mmfast")},
+            limits={name: os.environ[name] for name in _LIMITS if name in os.environ},
         )
 
     @property
     def slug(self) -> str:
-        """A short name for file names: the GPU's, else the processor's with its threads."""
-        return re.sub(r"[^a-z0-9]+", "-", (self.gpu or f"{self.cpu} {self.threads} threads").lower()).strip(
-            "-"
-        )
+        """A short name for file names: the GPU's, else the processor's, its limits and threads."""
+        cpu = " ".join([self.cpu, *self.limits.values(), f"{self.threads} threads"])
+        return re.sub(r"[^a-z0-9]+", "-", (self.gpu or cpu).lower()).strip("-")
 
 
 def _version(package: str) -> str:
@@ -120,8 +122,9 @@ class Record:
             f"{name.removeprefix('gemm_')} {rate / 1e9:,.0f} {'GB/s' if name == 'copy' else 'GFLOP/s'}"
             for name, rate in self.ceilings.items()
         )
+        where = ", ".join([m.gpu or m.cpu, *(f"{name}={value}" for name, value in m.limits.items())])
         caption = (
-            f"{m.gpu or m.cpu}, {m.threads} threads, torch {m.versions['torch']}, {self.commit} {self.date}\n"
+            f"{where}, {m.threads} threads, torch {m.versions['torch']}, {self.commit} {self.date}\n"
             f"measured in this run: {rates}\n"
             "x is a peer's time over ours within a round: median (quartiles); above 1 we are faster"
         )

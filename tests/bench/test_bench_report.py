@@ -1,6 +1,7 @@
 """A record comes back as it was written, and the table hides neither losses nor what was asked for."""
 
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -44,6 +45,17 @@ def test_a_record_says_where_and_when_it_was_taken():
         and record.machine.versions["torch"] != "not installed"
     )
     assert record.date[:2] == "20" and record.date.endswith("+00:00")
+
+
+def test_a_run_that_was_kept_from_an_instruction_set_says_so(monkeypatch):
+    monkeypatch.setenv("MMFAST_ISA", "avx2")
+    limited = Record("op", [], {}, Machine.here())
+    assert limited.machine.limits["MMFAST_ISA"] == "avx2"
+    monkeypatch.delenv("MMFAST_ISA")
+    assert limited.machine.slug != Machine.here().slug
+    one = replace(RECORD, machine=replace(MACHINE, limits={"MMFAST_ISA": "avx2"}))
+    assert one.machine.slug == "a-cpu-r-9000-avx2-2-threads"
+    assert "A CPU (R) 9000, MMFAST_ISA=avx2, 2 threads" in shown(one)
 
 
 def test_wins_and_losses_are_both_shown_with_their_spread():

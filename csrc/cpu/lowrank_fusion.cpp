@@ -121,7 +121,7 @@ Tensors forward(const Tensors& inputs, const Tensors& factors, const Tensor& ran
           if (there.empty()) continue;
           const Right<T>& factor = right[i * R + r];
           const int64_t rows = there.size();
-          const bool in_place = rows <= tile.few && factor.readable(panel);
+          const bool in_place = factor.in_place(rows, panel);
           if (!in_place) factor.pack(packed.data(), panel);
           row_kernels<T>().widen(base, p.factor_row(i, r, p.depth[i]) + first, used);
           std::fill_n(c.at, height, base);
@@ -209,41 +209,52 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensors& fact
     if (needs[2 * n + 1]) row_kernels<T>().narrow(grads[2 * n + 1], sum.data() + n * R * O, O);
   }
 
-  for (int64_t i = 0; i < n; ++i) {
-    Rows<T> rows(B, nullptr);  // of d, [R, O] each
+  const auto rows_of = [&](int64_t i) {  // of d, [R, O] each
+    Rows<T> rows(B, nullptr);
     for (int64_t b = 0; b < B; ++b)
       if (p.x[i][b]) rows[b] = d.at(i, b, 0);
+    return rows;
+  };
+  const auto input_grad = [&](int64_t i) {
+    const Rows<T> rows = rows_of(i);
     const int64_t depth = p.depth[i];
-    if (needs[i]) {
-      std::vector<Term<T>> terms;
-      for (int64_t r = 0; r < R; ++r) {
-        Rows<T> left(rows);
-        for (const T*& row : left)
-          if (row) row += r * O;
-        terms.push_back({std::move(left), {Right<T>::of_columns(p.factor_rows(i, r), O)}, nullptr});
-      }
-      sum_of_products(
-          B, depth, 1, terms,
-          [&](int64_t b, int64_t first, int64_t count, int64_t, A*) -> const A* {
-            fetch_to_write(grads[i] + b * depth + first, count);
-            return nullptr;
-          },
-          [&](int64_t b, int64_t first, int64_t count, const A* c, const A*) {
-            row_kernels<T>().narrow(grads[i] + b * depth + first, c, count);
-          });
+    std::vector<Term<T>> terms;
+    for (int64_t r = 0; r < R; ++r) {
+      Rows<T> left(rows);
+      for (const T*& row : left)
+        if (row) row += r * O;
+      terms.push_back({std::move(left), {Right<T>::of_columns(p.factor_rows(i, r), O)}, nullptr});
     }
-    if (needs[n + i])
-      product_over_rows(p.x[i], depth, rows, R * O, static_cast<const Centring<T>*>(nullptr),
-                        [&](int64_t k, int64_t first, int64_t count, const A* c) {
-                          for (int64_t done = 0; done < count;) {  // columns may be those of two ranks
-                            const int64_t r = (first + done) / O, o = (first + done) % O;
-                            const int64_t some = std::min(count - done, O - o);
-                            row_kernels<T>().narrow(grads[n + i] + (r * (depth + 1) + k) * O + o, c + done,
-                                                    some);
-                            done += some;
-                          }
-                        });
+    sum_of_products(
+        B, depth, 1, terms,
+        [&](int64_t b, int64_t first, int64_t count, int64_t, A*) -> const A* {
+          fetch_to_write(grads[i] + b * depth + first, count);
+          return nullptr;
+        },
+        [&](int64_t b, int64_t first, int64_t count, const A* c, const A*) {
+          row_kernels<T>().narrow(grads[i] + b * depth + first, c, count);
+        });
+  };
+  const auto factor_grad = [&](int64_t i) {
+    const int64_t depth = p.depth[i];
+    product_over_rows(p.x[i], depth, rows_of(i), R * O, static_cast<const Centring<T>*>(nullptr),
+                      [&](int64_t k, int64_t first, int64_t count, const A* c) {
+                        for (int64_t done = 0; done < count;) {  // columns may be those of two ranks
+                          const int64_t r = (first + done) / O, o = (first + done) % O;
+                          const int64_t some = std::min(count - done, O - o);
+                          row_kernels<T>().narrow(grads[n + i] + (r * (depth + 1) + k) * O + o, c + done,
+                                                  some);
+                          done += some;
+                        }
+                      });
+  };
+  std::vector<Job> jobs;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t cost = B * R * O * (p.depth[i] + MEMORY);
+    if (needs[i]) jobs.push_back({cost, [&, i] { input_grad(i); }});
+    if (needs[n + i]) jobs.push_back({cost, [&, i] { factor_grad(i); }});
   }
+  run_jobs(std::move(jobs));
   return made;
 }
 

@@ -2,7 +2,9 @@
 // call and leave bias, activation and the sum over several sources to further passes over memory.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <functional>
 #include <map>
 #include <optional>
 #include <vector>
@@ -47,6 +49,32 @@ void take_turns(int64_t lines, int64_t of_line, int64_t cost, const F& worker) {
         if (const int64_t task = next[line]++; task < of_line) return line * of_line + task;
       return -1;
     });
+  });
+}
+
+// Independent work, its cost in multiplications.
+struct Job {
+  int64_t cost;
+  std::function<void()> run;
+};
+
+// Runs them one after the other, each on all threads; or, where they are small and no one is as long as a
+// thread's share, side by side, each on one thread: a parallel region has its price.
+inline void run_jobs(std::vector<Job> jobs) {
+  constexpr int64_t SMALL = 1 << 26;
+  int64_t total = 0, longest = 0;
+  for (const Job& job : jobs) {
+    total += job.cost;
+    longest = std::max(longest, job.cost);
+  }
+  if (total > SMALL || longest * torch::stable::get_num_threads() > total) {
+    for (const Job& job : jobs) job.run();
+    return;
+  }
+  std::stable_sort(jobs.begin(), jobs.end(), [](const Job& a, const Job& b) { return a.cost > b.cost; });
+  std::atomic<size_t> next = 0;
+  torch::stable::parallel_for(0, jobs.size(), 1, [&](int64_t, int64_t) {
+    for (size_t k; (k = next++) < jobs.size();) jobs[k].run();
   });
 }
 
@@ -130,8 +158,13 @@ struct Right {
     else
       k.multiply_rows(c, start, left, count, rows.data(), p * width(), depth);
   }
-  // Part of a row cannot be read in vectors.
-  bool readable(int64_t p) const { return transposed || used(p) == width(); }
+  // Whether `rows` rows take less time to multiply with panel p where it lies than to pack it too. Part of a
+  // row cannot be read in vectors; of a column each product's lanes have to be added up.
+  bool in_place(int64_t rows, int64_t p) const {
+    constexpr int64_t ADDING = 48;  // as long as packing these bytes of a column
+    if (rows > tile_kernels<T>().few) return false;
+    return transposed ? rows * ADDING <= depth * int64_t{sizeof(T)} : used(p) == width();
+  }
 };
 
 // One term of a sum of products: left @ right, left out of the rows whose pointer is null.
@@ -181,8 +214,8 @@ struct Order {
 template <class T>
 class Panels {
  public:
-  Panels(const std::vector<Term<T>>& terms, int64_t sums, int64_t group, bool in_place)
-      : terms_(terms), sums_(sums), in_place_(in_place), packed_(group * terms.size() * sums) {
+  Panels(const std::vector<Term<T>>& terms, int64_t rows, int64_t sums, int64_t group)
+      : terms_(terms), rows_(rows), sums_(sums), packed_(group * terms.size() * sums) {
     for (const auto& t : terms) bytes_ += group * sums * t.right[0].packed_bytes();
   }
 
@@ -195,7 +228,7 @@ class Panels {
       for (const auto& t : terms_)
         for (const auto& right : t.right) {
           const char*& packed = *next++ = nullptr;
-          if (in_place_ && right.readable(p)) continue;
+          if (right.in_place(rows_, p)) continue;
           if (!to) to = memory_.emplace(1, bytes_).data();
           right.pack(to, p);
           packed = to;
@@ -209,8 +242,7 @@ class Panels {
 
  private:
   const std::vector<Term<T>>& terms_;
-  int64_t sums_, bytes_ = 0, first_ = -1;
-  bool in_place_;
+  int64_t rows_, sums_, bytes_ = 0, first_ = -1;
   std::vector<const char*> packed_;
   std::optional<Buffer<char>> memory_;
 };
@@ -247,7 +279,7 @@ void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vec
   const int64_t cost = std::clamp(rows, MEMORY, TILES * height) * group * width * (depth + MEMORY);
 
   take_turns<T>(parts(panels, group), blocks, cost, [&](auto take) {
-    Panels<T> right(terms, sums, group, rows <= kernels.few);
+    Panels<T> right(terms, rows, sums, group);
     Rows<T> ready(terms.size() * TILES * height);  // of the task, term by term
     const Buffer<T> memory(std::min(rows, TILES * height), centred);
     Sums<T> c[2];

@@ -298,15 +298,16 @@ def test_the_forced_backend_really_runs(name):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_same_bits_every_time_and_with_any_number_of_threads(name):
-    rows, ranks = (130, 4) if name == "cpu" else (40, 2)
-    arguments = cast(example((40, 20), rows, ranks, 70, present=True), torch.float32)
+    small, large = ((40, 20), 130, 4, 70), ((300, 200), 256, 8, 70)  # products side by side, or each on all
     before = torch.get_num_threads()
-    results = []
-    for threads in (1, 2, 3, 3):
-        torch.set_num_threads(threads)
-        results.append(run(on(name), arguments))
-    torch.set_num_threads(before)
-    assert all(same_bits(results[0], other) for other in results)
+    for sizes in (small, large) if name == "cpu" else [((40, 20), 40, 2, 70)]:
+        arguments = cast(example(*sizes, present=True), torch.float32)
+        results = []
+        for threads in (1, 2, 3, 3):
+            torch.set_num_threads(threads)
+            results.append(run(on(name), arguments))
+        torch.set_num_threads(before)
+        assert all(same_bits(results[0], other) for other in results)
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -34,8 +34,11 @@ $(VENV)/native.stamp: $(VENV)/packages.stamp $(NATIVE)
 demo: install
 	$(BIN)/python examples/demo.py $(DEMO)
 
+# Two at a time, since most tests keep one core busy; then, alone, what measures memory or time. Between two processes'
+# threads that wait should not spin.
 test: install
-	$(BIN)/python -m pytest -q
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not alone"
+	$(BIN)/python -m pytest -q -m alone
 
 # The ops' tests over a CPU library built with GCC's AddressSanitizer and UndefinedBehaviorSanitizer, which see no masked
 # AVX-512 load: hence plain C++ too. Left out: Triton's interpreter, which enters no native kernel; tests that measure
@@ -48,7 +51,7 @@ sanitize: install
 	export LD_PRELOAD=$$(ldd $(SANITIZED)/libmmfast_cpu.so | awk '/libasan|libstdc/ {print $$3}' | paste -sd:) && \
 	export MMFAST_NATIVE=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
 	$(BIN)/python -c 'from mmfast import _native; _native.isa()' && for isa in plain ""; do \
-	  MMFAST_ISA=$$isa $(BIN)/python -m pytest -q --capture=sys tests/ops -k "not triton" -m "not memory" || exit 1; \
+	  MMFAST_ISA=$$isa $(BIN)/python -m pytest -q --capture=sys tests/ops -k "not triton" -m "not alone" || exit 1; \
 	done
 
 bench: install

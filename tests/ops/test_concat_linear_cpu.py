@@ -210,7 +210,7 @@ print(*step(32))
 """
 
 
-@pytest.mark.memory
+@pytest.mark.alone
 def test_all_dense_makes_no_concatenated_tensor():
     """[32, 196, 1408] in float32 is 34 MiB; the output 18 MiB; all gradients 34 + 4 MiB."""
     forward, backward = map(float, python(PEAK.replace("BACKEND", "cpu")).split())
@@ -218,7 +218,7 @@ def test_all_dense_makes_no_concatenated_tensor():
     assert backward < 37.6 + 10, backward
 
 
-@pytest.mark.memory
+@pytest.mark.alone
 def test_a_peer_that_concatenates_is_seen_to():
     forward, _ = map(float, python(PEAK.replace("BACKEND", "reference")).split())
     assert forward > 18.4 + 30, forward

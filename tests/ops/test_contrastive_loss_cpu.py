@@ -122,7 +122,7 @@ def peak(name, dtype="float32", pairs=4096):
     return float(python(code))
 
 
-@pytest.mark.memory
+@pytest.mark.alone
 @pytest.mark.parametrize("dtype, pairs, sums", [("float32", 4096, 8), ("bfloat16", 16384, 24)])
 def test_the_matrix_is_never_there(dtype, pairs, sums):
     """[4096, 4096] in float32 is 64 MiB; what a thread works with is below 3 MiB.
@@ -132,6 +132,6 @@ def test_the_matrix_is_never_there(dtype, pairs, sums):
     assert peak("cpu", dtype, pairs) < sums + 10
 
 
-@pytest.mark.memory
+@pytest.mark.alone
 def test_a_peer_that_makes_it_is_seen_to():
     assert peak("reference") > 128

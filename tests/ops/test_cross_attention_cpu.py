@@ -255,12 +255,13 @@ def balance(queries, keys):
     return [float(share) for share in python(code, OMP_WAIT_POLICY="passive").split()]
 
 
+@pytest.mark.alone
 def test_the_keys_of_a_single_query_are_work_for_every_thread():
     assert min(balance(1, 200_000)) > 0.3
     assert max(balance(60, 400)) < 0.1, "a thread without work does none"
 
 
-@pytest.mark.memory
+@pytest.mark.alone
 def test_the_way_to_the_kernel_takes_the_host_little_time():
     """15 microseconds, beside what the dispatcher and the kernel take."""
     query, *kv = (torch.randn(1, 1, 1, 16) for _ in range(7))
@@ -333,7 +334,7 @@ CASES = {
 }
 
 
-@pytest.mark.memory
+@pytest.mark.alone
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_forward_and_backward_hold_little_beside_inputs_outputs_and_gradients(case):
     """In float32 the keys of one source are 16 MiB: not even they are copied whole."""
@@ -341,7 +342,7 @@ def test_forward_and_backward_hold_little_beside_inputs_outputs_and_gradients(ca
     assert used < held + 14, (used, held)
 
 
-@pytest.mark.memory
+@pytest.mark.alone
 @pytest.mark.parametrize("hidden", range(3))
 def test_gradients_of_a_hidden_source_hold_no_memory(hidden):
     """Those of a source's keys and values are 32 MiB, in pages that are made when somebody writes to them."""
@@ -360,7 +361,7 @@ def test_gradients_of_a_large_hidden_source_are_zeros_to_write_to():
     assert (kv[0].grad == 1).all() and kv[1].grad.count_nonzero() == 0
 
 
-@pytest.mark.memory
+@pytest.mark.alone
 def test_few_key_heads_are_not_split_into_parts_that_fill_the_memory():
     """A part has dQ of all query heads, here 16 MiB."""
     case = {**PLAIN, "DTYPE": "float32", "QUERY_HEADS": 32, "KEY_HEADS": 1}
@@ -368,7 +369,7 @@ def test_few_key_heads_are_not_split_into_parts_that_fill_the_memory():
     assert used < held + 64, (used, held)
 
 
-@pytest.mark.memory
+@pytest.mark.alone
 def test_a_definition_that_concatenates_is_seen_to():
     used, held = peak(BACKEND="reference", QUERIES=512, KEYS=512, **CASES["float32"])
     assert used > held + 64, (used, held)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from rich import print
+from tqdm import tqdm
 
 from mmfast import bench, kernels, ops
 from mmfast.bench.measure import Call, Result, Work, WrongOutputError, ceilings, measure
@@ -50,7 +51,8 @@ def tune(op: str, seconds: float) -> None:
         entry["capability"] = capability(torch.device(device))
         entry["triton"] = Found(entry.get("triton", {}))
         tune_triton(op, works, entry["triton"])
-    record = Record(op, list(compare(works, ready, seconds)), ceilings(device))
+    results = list(tqdm(compare(works, ready, seconds), op, len(works), disable=None))
+    record = Record(op, results, ceilings(device))
     print(record.table())
     entry["backend"] = fastest(record.results, ready)
     print(f"{op}: {entry['backend']}")
@@ -185,8 +187,9 @@ def main(args: Sequence[str] | None = None) -> None:
     for op in options.ops:
         if op not in suites:
             parser.error(f"{op} has no suite, wanted one of {', '.join(suites)}")
+    for op in options.ops:
         tune(op, options.seconds)
-    write(TABLE_FILE)
+        write(TABLE_FILE)  # what is found is kept, whatever becomes of the next op
 
 
 def write(path: Path) -> None:

@@ -128,7 +128,22 @@ def test_tuning_writes_this_device_and_keeps_the_others(monkeypatch, tmp_path):
     }
 
 
-def test_an_op_without_a_suite_is_named(capsys):
+def test_an_interrupt_keeps_what_was_found_before(monkeypatch, tmp_path):
+    def found(op, seconds):
+        if op == "lowrank_fusion":
+            raise KeyboardInterrupt
+        tune.TABLE[op] = {"cpu": {"backend": "cpu"}}
+
+    monkeypatch.setattr(tune, "TABLE", {})
+    monkeypatch.setattr(tune, "TABLE_FILE", tmp_path / "table.json")
+    monkeypatch.setattr(tune, "tune", found)
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(["concat_linear", "lowrank_fusion"])
+    assert json.loads((tmp_path / "table.json").read_text()) == {"concat_linear": {"cpu": {"backend": "cpu"}}}
+
+
+def test_an_op_without_a_suite_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(tune, "tune", lambda op, seconds: pytest.fail("before all names are looked at"))
     with pytest.raises(SystemExit):
-        tune.main(["concat_circular"])
+        tune.main(["concat_linear", "concat_circular"])
     assert "concat_circular has no suite, wanted one of concat_linear" in capsys.readouterr().err

@@ -58,7 +58,7 @@ struct Job {
   std::function<void()> run;
 };
 
-// Runs them one after the other, each on all threads; or, where they are small and no one is as long as a
+// Runs them one after the other, each on all threads; or, where they are small and none is longer than a
 // thread's share, side by side, each on one thread: a parallel region has its price.
 inline void run_jobs(std::vector<Job> jobs) {
   constexpr int64_t SMALL = 1 << 26;

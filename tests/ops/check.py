@@ -58,6 +58,15 @@ def threads(count):
     return _put_back(torch.get_num_threads(), torch.set_num_threads, count)
 
 
+def at_thread_counts(function):
+    """What ``function`` gives with 1, 2, and twice with 3 threads."""
+    results = []
+    for count in (1, 2, 3, 3):
+        with threads(count):
+            results.append(function())
+    return results
+
+
 def compiled(function, backend="aot_eager"):
     """``function`` as one graph with dynamic shapes."""
     torch._dynamo.reset()

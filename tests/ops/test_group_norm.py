@@ -5,7 +5,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from check import assert_promised, backends, cast, check, compiled, dtypes, isas, run, same_bits
+from check import (
+    assert_promised,
+    at_thread_counts,
+    backends,
+    cast,
+    check,
+    compiled,
+    dtypes,
+    isas,
+    run,
+    same_bits,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -264,13 +275,8 @@ def test_the_forced_backend_really_runs(name):
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_same_bits_every_time_and_with_any_number_of_threads(name):
     arguments = cast(example((6, 32, 20, 20), **OPTIONS["everything"]), torch.float32)
-    before = torch.get_num_threads()
-    results = []
-    for threads in (1, 2, 3, 3):
-        torch.set_num_threads(threads)
-        results.append(run(on(name), arguments))
-    torch.set_num_threads(before)
-    assert all(same_bits(results[0], other) for other in results)
+    first, *others = at_thread_counts(lambda: run(on(name), arguments))
+    assert all(same_bits(first, other) for other in others)
 
 
 @pytest.mark.parametrize("name", KERNELS)

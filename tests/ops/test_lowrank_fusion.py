@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from check import backends, cast, check, compiled, dtypes, isas, run, same_bits
+from check import at_thread_counts, backends, cast, check, compiled, dtypes, isas, run, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -299,15 +299,10 @@ def test_the_forced_backend_really_runs(name):
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_same_bits_every_time_and_with_any_number_of_threads(name):
     small, large = ((40, 20), 130, 4, 70), ((300, 200), 256, 8, 70)  # products side by side, or each on all
-    before = torch.get_num_threads()
     for sizes in (small, large) if name == "cpu" else [((40, 20), 40, 2, 70)]:
         arguments = cast(example(*sizes, present=True), torch.float32)
-        results = []
-        for threads in (1, 2, 3, 3):
-            torch.set_num_threads(threads)
-            results.append(run(on(name), arguments))
-        torch.set_num_threads(before)
-        assert all(same_bits(results[0], other) for other in results)
+        first, *others = at_thread_counts(lambda arguments=arguments: run(on(name), arguments))
+        assert all(same_bits(first, other) for other in others)
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -96,6 +96,20 @@ def test_activations_hold_from_one_end_of_float32_to_the_other(isa):
             assert (error <= 8 * torch.finfo(torch.float32).eps * meant[fine].abs() + 1e-6).all(), activation
 
 
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_every_bfloat16_through_gelu_and_back(isa):
+    x = torch.arange(2**16).to(torch.uint16).view(torch.bfloat16)
+    x = x[x.isfinite()].unsqueeze(1).requires_grad_()
+    t = x.detach().double().squeeze()
+    below = torch.special.erfc(-t / 2**0.5) / 2
+    meant, slope = t * below, below + t * torch.exp(-t * t / 2) / (2 * torch.pi) ** 0.5
+    out = on("cpu")(inputs=[x], weight=torch.ones(1, 1, dtype=x.dtype), activation="gelu")
+    (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    rounding = 2.0**-8
+    assert ((out.squeeze() - meant).abs() <= 1.9 * rounding * meant.abs() + 1e-9).all()
+    assert ((grad.squeeze() - slope).abs() <= 1.1 * rounding * slope.abs() + 5e-6).all()
+
+
 def test_the_environment_names_an_instruction_set():
     for isa in ISAS[:1]:
         assert python("from mmfast import _native; print(_native.isa())", MMFAST_ISA=isa).strip() == isa

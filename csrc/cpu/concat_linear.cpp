@@ -35,24 +35,23 @@ Tensors forward(const Tensors& inputs, const Tensor& weight, const Maybe& bias, 
       }
     base.assign(sum.begin(), sum.end());
   }
-  // what the pooled sources add to a row [own rows, width], those that broadcast alike added up
+  // pooled sources that broadcast alike, and what they add to a row [own rows, width]
+  std::vector<std::vector<size_t>> alike;
+  for (size_t i = 0; i < p.sources.size(); ++i) {
+    const auto& s = p.sources[i];
+    if (s.full) continue;
+    const auto same = std::find_if(alike.begin(), alike.end(), [&](const auto& others) {
+      const auto& other = p.sources[others[0]];
+      return other.sizes == s.sizes && !other.shared() && !s.shared();
+    });
+    (same == alike.end() ? alike.emplace_back() : *same).push_back(i);
+  }
   struct Pooled {
     const Source<T>* source;
     Buffer<A> sum;
   };
   std::vector<Pooled> pooled;
-  for (size_t i = 0; i < p.sources.size(); ++i) {
-    const auto& s = p.sources[i];
-    if (s.full) continue;
-    Buffer<A> product = p.pooled_product(i);
-    const auto alike = std::find_if(pooled.begin(), pooled.end(), [&](const Pooled& other) {
-      return other.source->sizes == s.sizes && !other.source->shared() && !s.shared();
-    });
-    if (alike == pooled.end())
-      pooled.push_back({&s, std::move(product)});
-    else
-      wide_kernels.accumulate(alike->sum.data(), 1, product.data(), s.rows * p.width);
-  }
+  for (const auto& which : alike) pooled.push_back({&p.sources[which[0]], p.pooled_product(which)});
 
   std::optional<Source<T>> skip;
   if (residual) skip = source<T>(*residual, 0, p.lead);

@@ -143,15 +143,20 @@ struct Problem {
     return out;
   }
 
-  // A pooled source's rows times its columns of the weight [own rows, width], 0 where it is absent.
-  Buffer<A> pooled_product(size_t i) const {
-    const auto& s = sources[i];
-    Buffer<A> out(s.rows, width);
-    const Centring<T> centring{norm ? means[i].data() : nullptr, nullptr, norm_weight_of(s)};
+  // The rows of pooled sources that broadcast alike times their columns of the weight [own rows, width],
+  // added up, 0 where they are absent.
+  Buffer<A> pooled_product(const std::vector<size_t>& which) const {
+    const int64_t count = sources[which[0]].rows;
+    Buffer<A> out(count, width);
+    std::vector<Centring<T>> centrings(sources.size());
     std::vector<Term<T>> terms;
-    terms.push_back({row_pointers(s), transposed_columns(s), norm ? &centring : nullptr});
+    for (const size_t i : which) {
+      const auto& s = sources[i];
+      centrings[i] = {norm ? means[i].data() : nullptr, nullptr, norm_weight_of(s)};
+      terms.push_back({row_pointers(s), transposed_columns(s), norm ? &centrings[i] : nullptr});
+    }
     sum_of_products(
-        s.rows, width, 1, terms, [](int64_t, int64_t, int64_t, int64_t, A*) -> const A* { return nullptr; },
+        count, width, 1, terms, [](int64_t, int64_t, int64_t, int64_t, A*) -> const A* { return nullptr; },
         [&](int64_t r, int64_t first, int64_t count, const A* c, const A*) {
           std::copy_n(c, count, out.row(r) + first);
         });

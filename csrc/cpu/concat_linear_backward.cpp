@@ -168,7 +168,7 @@ struct Backward {
         dx[i] = needs[i] ? grads[i] : unwanted[i].emplace(s.rows, s.depth).data();
         input_product(s, x[i], rows[i], dx[i]);
       }
-      const std::optional<Buffer<A>> projected = s.full ? std::nullopt : std::optional(p.pooled_product(i));
+      const std::optional<Buffer<A>> projected = s.full ? std::nullopt : std::optional(p.pooled_product({i}));
       parallel_rows(p.rows, p.depth, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) {
           Sum* const sums = &avg[2 * r];

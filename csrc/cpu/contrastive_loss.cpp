@@ -199,7 +199,7 @@ class Gradient {
   }
 
   bool needed() const { return needed_; }
-  int64_t panels() const { return parts(depth_, Right<T>::width()); }
+  int64_t panels() const { return parts(depth_, tile_kernels<T>().columns); }
   // Rows first ... first + count take on left @ right, for columns of panel p.
   void add(int64_t first, int64_t count, int64_t p, const T* const* left, int64_t step, const char* right,
            int64_t depth) const {

@@ -74,10 +74,13 @@ Source<T> source(const Tensor& t, int64_t column, const Shape& lead) {
   if (!s.full) {
     s.row_of.resize(product(lead));
     Shape index(lead.size(), 0);
-    for (auto& own : s.row_of) {
-      own = 0;
-      for (size_t d = 0; d < lead.size(); ++d) own = own * s.sizes[d] + (s.sizes[d] == 1 ? 0 : index[d]);
-      for (size_t d = lead.size(); d-- > 0 && ++index[d] == lead[d];) index[d] = 0;
+    const size_t last = lead.size() - 1;
+    const int64_t step = s.sizes[last] == 1 ? 0 : 1;
+    for (auto row = s.row_of.begin(); row != s.row_of.end(); row += lead[last]) {
+      int64_t own = 0;
+      for (size_t d = 0; d <= last; ++d) own = own * s.sizes[d] + (s.sizes[d] == 1 ? 0 : index[d]);
+      for (int64_t i = 0; i < lead[last]; ++i) row[i] = own + i * step;
+      for (size_t d = last; d-- > 0 && ++index[d] == lead[d];) index[d] = 0;
     }
   }
   return s;

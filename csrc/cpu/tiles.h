@@ -127,6 +127,7 @@ struct Right {
   Rows<T> rows;  // the matrix's, or its transpose's
   bool transposed;
   int64_t depth, columns;
+  const TileKernels<T>* kernels = &tile_kernels<T>();
 
   static Right of_rows(Rows<T> rows, int64_t columns) {
     const int64_t depth = rows.size();
@@ -137,32 +138,30 @@ struct Right {
     return {std::move(rows), true, depth, columns};
   }
 
-  static int64_t width() { return tile_kernels<T>().columns; }
+  int64_t width() const { return kernels->columns; }
   int64_t used(int64_t p) const { return std::min(width(), columns - p * width()); }
   int64_t packed_bytes() const { return panel_bytes<T>(depth); }
   void pack(char* to, int64_t p) const {
-    const auto& k = tile_kernels<T>();
     if (transposed)
-      k.pack_columns(to, rows.data() + p * width(), depth, used(p));
+      kernels->pack_columns(to, rows.data() + p * width(), depth, used(p));
     else
-      k.pack_rows(to, rows.data(), p * width(), depth, used(p));
+      kernels->pack_rows(to, rows.data(), p * width(), depth, used(p));
   }
   // `count` rows of c = start + left @ panel p, which is read where it lies if `packed` is null
   void multiply(A* c, const A* const* start, const T* const* left, int64_t count, int64_t p,
                 const char* packed) const {
-    const auto& k = tile_kernels<T>();
     if (packed)
-      k.multiply(c, start, left, k.group, count, packed, depth);
+      kernels->multiply(c, start, left, kernels->group, count, packed, depth);
     else if (transposed)
-      k.multiply_columns(c, start, left, count, rows.data() + p * width(), used(p), depth);
+      kernels->multiply_columns(c, start, left, count, rows.data() + p * width(), used(p), depth);
     else
-      k.multiply_rows(c, start, left, count, rows.data(), p * width(), depth);
+      kernels->multiply_rows(c, start, left, count, rows.data(), p * width(), depth);
   }
   // Whether `rows` rows take less time to multiply with panel p where it lies than to pack it too. Part of a
   // row cannot be read in vectors; of a column each product's lanes have to be added up.
   bool in_place(int64_t rows, int64_t p) const {
     constexpr int64_t ADDING = 48;  // as long as packing these bytes of a column
-    if (rows > tile_kernels<T>().few) return false;
+    if (rows > kernels->few) return false;
     return transposed ? rows * ADDING <= depth * int64_t{sizeof(T)} : used(p) == width();
   }
 };

@@ -97,7 +97,8 @@ Tensors forward(const Tensors& inputs, const Tensor& weight, const Maybe& bias, 
     p.kernels.epilogue(y + r * n + first, c, other, gate.empty() ? nullptr : gate.data() + first,
                        skip ? skip_rows[skip->row(r)] + first : nullptr, activation, count);
   };
-  sum_of_products(p.rows, n, halves, terms, begin, end);
+  const bool plain = !skip && gate.empty() && activation != Activation::swiglu;
+  sum_of_products(p.rows, n, halves, terms, begin, end, Into<T>{plain ? y : nullptr, z, activation});
   return made;
 }
 

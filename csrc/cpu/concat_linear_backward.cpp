@@ -90,7 +90,8 @@ struct Backward {
         },
         [&](int64_t r, int64_t first, int64_t count, const A* c, const A*) {
           p.kernels.narrow(dx + r * s.depth + first, c, count);
-        });
+        },
+        Into<T>{dx, nullptr, Activation::none});
   }
 
   // dW_i = rows.T @ x, with x centred under a norm

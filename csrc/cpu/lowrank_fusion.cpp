@@ -233,7 +233,8 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensors& fact
         },
         [&](int64_t b, int64_t first, int64_t count, const A* c, const A*) {
           row_kernels<T>().narrow(grads[i] + b * depth + first, c, count);
-        });
+        },
+        Into<T>{grads[i], nullptr, Activation::none});
   };
   const auto factor_grad = [&](int64_t i) {
     const int64_t depth = p.depth[i];

@@ -256,13 +256,22 @@ struct Sums {
   static inline const A zeros[K::MOST_COLUMNS] = {};
 };
 
+// Where whole tiles of a sum of products go straight from the registers.
+template <class T>
+struct Into {
+  T* out;     // activation(sums) [rows, columns]; null: nowhere
+  T* preact;  // sums [rows, columns], or null
+  Activation activation;
+};
+
 // out [rows, columns] = a start + the terms, `sums` of them at once, tile by tile. begin(row, first, count,
 // sum, c) says where columns first ... first + count of the start lie: in c, once it has written them there,
 // or elsewhere if a whole tile's width can be read; null is zeros. end(row, first, count, c, other) takes the
-// sums, `other` those of the second. The order of a sum's terms does not depend on the number of threads.
+// sums, `other` those of the second, unless they are a whole tile's and went `into` their place. The order of
+// a sum's terms does not depend on the number of threads.
 template <class T, class Begin, class End>
 void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vector<Term<T>>& terms,
-                     Begin begin, End end) {
+                     Begin begin, End end, const Into<T>& into = {}) {
   using A = typename wide<T>::type;
   constexpr int64_t TILES = 8;  // of a task: its rows stay in a core's second cache
   const auto& kernels = tile_kernels<T>();
@@ -275,6 +284,7 @@ void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vec
   }
   const int64_t group = rows > 512 ? 4 : 1;  // panels of a task: those after the first find its rows near
   const int64_t panels = parts(columns, width), blocks = parts(order.tiles.size(), TILES);
+  const bool direct = into.out && kernels.multiply_into && sums == 1 && !terms.empty();
   const int64_t cost = std::clamp(rows, MEMORY, TILES * height) * group * width * (depth + MEMORY);
 
   take_turns<T>(parts(panels, group), blocks, cost, [&](auto take) {
@@ -310,16 +320,30 @@ void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vec
               const A* const start = begin(own[row(i)], column, used, s, c[s].of + i * width);
               c[s].at[i] = start ? start : Sums<T>::zeros;
             }
+          // the last term's product ends in its place
+          const bool straight = direct && tile->count == height && used == width &&
+                                terms.back().left[own[begun]] && right.packed(p, terms.size() - 1, 0);
           for (size_t k = 0; k < terms.size(); ++k) {
             const T *left[TileKernels<T>::MOST_ROWS], *const *const x = &ready[k * TILES * height];
             if (!x[begun]) continue;
             for (int64_t i = 0; i < height; ++i) left[i] = x[row(i)];
+            if (straight && k + 1 == terms.size()) {
+              T *out[TileKernels<T>::MOST_ROWS], *preact[TileKernels<T>::MOST_ROWS];
+              for (int64_t i = 0; i < height; ++i) {
+                const int64_t place = own[begun + i] * columns + column;
+                out[i] = into.out + place;
+                if (into.preact) preact[i] = into.preact + place;
+              }
+              kernels.multiply_into(out, into.preact ? preact : nullptr, into.activation, c[0].of, c[0].at,
+                                    left, kernels.group, right.packed(p, k, 0), terms[k].right[0].depth);
+              continue;
+            }
             for (int64_t s = 0; s < sums; ++s) {
               terms[k].right[s].multiply(c[s].of, c[s].at, left, tile->count, p, right.packed(p, k, s));
               for (int64_t i = 0; i < height; ++i) c[s].at[i] = c[s].of + i * width;
             }
           }
-          for (int64_t i = 0; i < tile->count; ++i)
+          for (int64_t i = 0; !straight && i < tile->count; ++i)
             end(own[begun + i], column, used, c[0].at[i], sums > 1 ? c[1].at[i] : nullptr);
         }
       }

@@ -3,9 +3,8 @@
 
 #ifdef __AMX_BF16__
 #include "amx.h"
-#else
-#include "vectors.h"
 #endif
+#include "activations.h"
 
 using mmfast::TileKernels;
 
@@ -142,42 +141,78 @@ __attribute__((always_inline)) inline void step_on(Vec<T> (&sum)[R][VECTORS], co
 template <class T>
 constexpr int64_t BLOCK = sizeof(T) == 2 ? 1 << 14 : 128;
 
-// R rows of c = start + left @ right, where fetch(k, v, used) is vector v of the right-hand side's rows k ...
-// k + used, as it lies once packed
-template <class T, int R, class Fetch>
+template <class T>
+auto into_tile(Acc<T>* c) {
+  return [c](int i, int v, Vec<T> sum) { __builtin_memcpy(c + (i * VECTORS + v) * lanes<T>, &sum, BYTES); };
+}
+
+// R rows of start + left @ right, where fetch(k, v, used) is vector v of the right-hand side's rows k ...
+// k + used, as it lies once packed. put(i, v, sums) takes them; c is for what is added up on the way.
+template <class T, int R, class Fetch, class Put>
 __attribute__((always_inline)) inline void multiply_by(Acc<T>* c, const Acc<T>* const* start,
                                                        const T* const* left, int64_t step, int64_t depth,
-                                                       Fetch fetch) {
+                                                       Fetch fetch, Put put) {
   constexpr int64_t G = GROUP<T>;
   const T* row[R];
   const Acc<T>* own[R];
 #pragma GCC unroll 6
   for (int i = 0; i < R; ++i) row[i] = left[i], own[i] = c + i * COLUMNS<T>;
   int64_t at = 0, k = 0;
-  do {
-    const int64_t end = depth - k < BLOCK<T> ? depth : k + BLOCK<T>;
-    Vec<T> sum[R][VECTORS] = {};
+  Vec<T> sum[R][VECTORS];
+  const auto add_up = [&](int64_t end, auto take) __attribute__((always_inline)) {
+#pragma GCC unroll 6
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) sum[i][v] = Vec<T>{};
     for (; k + G <= end; k += G, at += step) step_on<T>(sum, row, at, k, G, fetch);
     if (k < end) step_on<T>(sum, row, at, k, 1, fetch), k = end;
 #pragma GCC unroll 6
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) {
-        if (start) sum[i][v] += bits<Vec<T>>(start[i] + v * lanes<T>, lanes<T>);
-        __builtin_memcpy(c + (i * VECTORS + v) * lanes<T>, &sum[i][v], BYTES);
-      }
-    start = own;
-  } while (k < depth);
+      for (int v = 0; v < VECTORS; ++v)
+        take(i, v, start ? sum[i][v] + bits<Vec<T>>(start[i] + v * lanes<T>, lanes<T>) : sum[i][v]);
+  };
+  for (; depth - k > BLOCK<T>; start = own) add_up(k + BLOCK<T>, into_tile<T>(c));
+  add_up(depth, put);
+}
+
+template <class T>
+auto from_packed(const void* right) {
+  return [right](int64_t k, int v, int) {
+    const auto* const row = static_cast<const Element<T>*>(right) + k * COLUMNS<T>;
+    return bits<Vec<T>>(row + v * lanes<T> * GROUP<T>, lanes<T> * GROUP<T>);
+  };
 }
 
 template <class T>
 void multiply(Acc<T>* c, const Acc<T>* const* start, const T* const* left, int64_t step, int64_t,
               const void* right, int64_t depth) {
-  const auto fetch = [right](int64_t k, int v, int) {
-    const auto* const row = static_cast<const Element<T>*>(right) + k * COLUMNS<T>;
-    return bits<Vec<T>>(row + v * lanes<T> * GROUP<T>, lanes<T> * GROUP<T>);
-  };
-  multiply_by<T, ROWS>(c, start, left, step, depth, fetch);
+  multiply_by<T, ROWS>(c, start, left, step, depth, from_packed<T>(right), into_tile<T>(c));
+}
+
+template <class T, Activation activation>
+void multiply_into_as(T* const* out, T* const* preact, Acc<T>* c, const Acc<T>* const* start,
+                      const T* const* left, int64_t step, const void* right, int64_t depth) {
+  multiply_by<T, ROWS>(c, start, left, step, depth, from_packed<T>(right), [=](int i, int v, Vec<T> sum) {
+    if (preact) store(preact[i] + v * lanes<T>, sum, Whole{});
+    store(out[i] + v * lanes<T>, activate<T>(activation, sum), Whole{});
+  });
+}
+
+template <class T>
+void multiply_into(T* const* out, T* const* preact, Activation activation, Acc<T>* c,
+                   const Acc<T>* const* start, const T* const* left, int64_t step, const void* right,
+                   int64_t depth) {
+  switch (activation) {
+    case Activation::relu:
+      return multiply_into_as<T, Activation::relu>(out, preact, c, start, left, step, right, depth);
+    case Activation::gelu:
+      return multiply_into_as<T, Activation::gelu>(out, preact, c, start, left, step, right, depth);
+    case Activation::silu:
+      return multiply_into_as<T, Activation::silu>(out, preact, c, start, left, step, right, depth);
+    default:
+      return multiply_into_as<T, Activation::none>(out, preact, c, start, left, step, right, depth);
+  }
 }
 
 // f<n>(first) for rows first ... first + n of `count`, up to ROWS at once
@@ -206,7 +241,8 @@ void multiply_rows(Acc<T>* c, const Acc<T>* const* start, const T* const* left, 
     }
   };
   with_rows(count, [&]<int R>(int64_t i) {
-    multiply_by<T, R>(c + i * COLUMNS<T>, start ? start + i : nullptr, left + i, GROUP<T>, depth, fetch);
+    Acc<T>* const own = c + i * COLUMNS<T>;
+    multiply_by<T, R>(own, start ? start + i : nullptr, left + i, GROUP<T>, depth, fetch, into_tile<T>(own));
   });
 }
 
@@ -299,9 +335,9 @@ static_assert(TILE_ROWS<bf16> <= TileKernels<bf16>::MOST_ROWS && ROWS <= TileKer
 
 template <class T>
 constexpr TileKernels<T> kernels = {
-    ROWS,        COLUMNS<T>,       GROUP<T>,           16 * sizeof(T), sizeof(Element<T>),
-    nullptr,     nullptr,          pack_left<T>,       pack_rows<T>,   pack_columns<T>,
-    multiply<T>, multiply_rows<T>, multiply_columns<T>};
+    ROWS,        COLUMNS<T>,       GROUP<T>,         16 * sizeof(T),     sizeof(Element<T>),
+    nullptr,     nullptr,          pack_left<T>,     pack_rows<T>,       pack_columns<T>,
+    multiply<T>, multiply_into<T>, multiply_rows<T>, multiply_columns<T>};
 #ifdef __AMX_BF16__
 template <>
 constexpr TileKernels<bf16> kernels<bf16> = {amx::ROWS,
@@ -315,6 +351,7 @@ constexpr TileKernels<bf16> kernels<bf16> = {amx::ROWS,
                                              amx::pack_rows,
                                              amx::pack_columns,
                                              amx::multiply,
+                                             nullptr,
                                              multiply_rows<bf16>,
                                              multiply_columns<bf16>};
 #endif

@@ -146,8 +146,8 @@ struct Problem {
   // The rows of pooled sources that broadcast alike times their columns of the weight [own rows, width],
   // added up, 0 where they are absent.
   Buffer<A> pooled_product(const std::vector<size_t>& which) const {
-    const int64_t count = sources[which[0]].rows;
-    Buffer<A> out(count, width);
+    const int64_t own_rows = sources[which[0]].rows;
+    Buffer<A> out(own_rows, width);
     std::vector<Centring<T>> centrings(sources.size());
     std::vector<Term<T>> terms;
     for (const size_t i : which) {
@@ -156,7 +156,7 @@ struct Problem {
       terms.push_back({row_pointers(s), transposed_columns(s), norm ? &centrings[i] : nullptr});
     }
     sum_of_products(
-        count, width, 1, terms, [](int64_t, int64_t, int64_t, int64_t, A*) -> const A* { return nullptr; },
+        own_rows, width, 1, terms, [](int64_t, int64_t, int64_t, int64_t, A*) -> const A* { return nullptr; },
         [&](int64_t r, int64_t first, int64_t count, const A* c, const A*) {
           std::copy_n(c, count, out.row(r) + first);
         });

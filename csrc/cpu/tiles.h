@@ -256,7 +256,8 @@ struct Sums {
   static inline const A zeros[K::MOST_COLUMNS] = {};
 };
 
-// Where whole tiles of a sum of products go straight from the registers.
+// Where a whole tile of a sum of products may go straight from the registers, instead of by way of end(),
+// which has to do the same.
 template <class T>
 struct Into {
   T* out;     // activation(sums) [rows, columns]; null: nowhere
@@ -267,8 +268,8 @@ struct Into {
 // out [rows, columns] = a start + the terms, `sums` of them at once, tile by tile. begin(row, first, count,
 // sum, c) says where columns first ... first + count of the start lie: in c, once it has written them there,
 // or elsewhere if a whole tile's width can be read; null is zeros. end(row, first, count, c, other) takes the
-// sums, `other` those of the second, unless they are a whole tile's and went `into` their place. The order of
-// a sum's terms does not depend on the number of threads.
+// sums, `other` those of the second, unless the tile has gone `into` its place. The order of a sum's terms
+// does not depend on the number of threads.
 template <class T, class Begin, class End>
 void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vector<Term<T>>& terms,
                      Begin begin, End end, const Into<T>& into = {}) {

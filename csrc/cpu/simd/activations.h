@@ -58,16 +58,17 @@ constexpr double normal_density(double x) { return 0.39894228040143268 * __built
 constexpr Cubics TAILS = cubics(normal_tail);
 constexpr Cubics SLOPES = cubics([](double x) { return normal_tail(x) - x * normal_density(x); });
 
-// f(x) = 1 - f(-x), from the cubics of f(-|x|). Two registers hold a power's coefficients; the five lowest
-// bits of |4 x| + 1.5 * 2^23 say which of them.
 template <class T>
 constexpr bool HAS_CUBICS = sizeof(T) == 2 && lanes<float> == 16;
 
+// f(x) = 1 - f(-x), from the cubics of f(-|x|). Two registers hold a power's coefficients; the five lowest
+// bits of |4 x| + 1.5 * 2^23 say which of them. NaN stays NaN, infinity
+// takes the limit.
 template <class T>
 Vec<T> by_cubics(const Cubics& cubics, Vec<T> x) {
   static_assert(HAS_CUBICS<T>);
   Float quarters = (Float)((Int)x & 0x7fffffff) * 4.f;
-  quarters = quarters < 31.f ? quarters : Float{} + 31.f;
+  quarters = quarters > 31.f ? Float{} + 31.f : quarters;
   const Float rounded = quarters + 12582912.f, distance = quarters - (rounded - 12582912.f);
   const auto coefficient = [&](int power) {
     const float* const all = cubics.of[power];
@@ -110,9 +111,12 @@ Vec<T> normal_cdf(Vec<T> x) {
 
 template <class T>
 Vec<T> gelu_slope(Vec<T> x) {
-  if constexpr (HAS_CUBICS<T>) return by_cubics<T>(SLOPES, x);
-  const auto [cdf, bell] = normal<T>(x);
-  return cdf + x * bell * Acc<T>(0.39894228040143268);
+  if constexpr (HAS_CUBICS<T>) {
+    return by_cubics<T>(SLOPES, x);
+  } else {
+    const auto [cdf, bell] = normal<T>(x);
+    return cdf + x * bell * Acc<T>(0.39894228040143268);
+  }
 }
 
 template <class V>

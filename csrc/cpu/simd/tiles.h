@@ -33,8 +33,9 @@ struct TileKernels {
   // not.
   void (*multiply)(A* c, const A* const* start, const T* const* left, int64_t step, int64_t count,
                    const void* right, int64_t depth);
-  // The same, where the sums leave the registers for good, of a whole tile: row i of activation(sums) goes to
-  // out[i], of the sums to preact[i] if that is not null. Null where there is no such kernel.
+  // The same of a whole tile whose sums are complete: activation(sums) goes to the rows of `out`, the sums to
+  // those of `preact` if that is not null. c is only memory for sums on the way. Null where there is no such
+  // kernel.
   void (*multiply_into)(T* const* out, T* const* preact, Activation activation, A* c, const A* const* start,
                         const T* const* left, int64_t step, const void* right, int64_t depth);
   // multiply with a right-hand side that is not packed: (k, j) is right[k][first + j] ... Rows from `count`

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -28,6 +30,17 @@ def patch_the_language_once_a_launch():
 
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
     patch_the_language_once_a_launch()
+
+
+@pytest.fixture
+def one_rank():
+    """A mesh of this process alone. The trainer keeps the process group that it began: then it is that one."""
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    if ours:
+        dist.destroy_process_group()
 
 
 def pytest_runtest_setup(item):

@@ -6,12 +6,10 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch
-import torch.distributed as dist
 from graphs import CASES
 from rewriting import assert_promised, counted, rewritten
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.testing._internal.two_tensor import TwoTensor
@@ -328,23 +326,19 @@ def test_a_new_batch_size_compiles_once_more_and_never_again():
     [(lambda: model(rematerialise=True), (concat_linear, cross_attention)), (pair, (contrastive_loss,))],
     ids=["late fusion", "CLIP"],
 )
-def test_fsdp2_and_checkpointing(tmp_path, make, ops):
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    try:
-        ours = make()
-        fully_shard(ours, mesh=init_device_mesh("cpu", (1,)))
-        graphs = []
+def test_fsdp2_and_checkpointing(one_rank, make, ops):
+    ours = make()
+    fully_shard(ours, mesh=one_rank)
+    graphs = []
 
-        def keep(graph, inputs):
-            assert all(finding.replaced for finding in rewrite(graph, only_faster=False))
-            graphs.append(graph)
-            return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+    def keep(graph, inputs):
+        assert all(finding.replaced for finding in rewrite(graph, only_faster=False))
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-        ours.compile(backend=keep, fullgraph=True)
-        as_promised(step(ours, ours, batch()), make(), batch())
-        assert [counted(graphs, op) for op in ops] == [1] * len(ops)
-    finally:
-        dist.destroy_process_group()
+    ours.compile(backend=keep, fullgraph=True)
+    as_promised(step(ours, ours, batch()), make(), batch())
+    assert [counted(graphs, op) for op in ops] == [1] * len(ops)
 
 
 def test_without_gradients_a_later_edit_is_harmless():

@@ -1,6 +1,5 @@
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from parts import CONFIG, make, make_batch, poison
 from torch import nn
@@ -109,23 +108,12 @@ def test_the_order_of_words_matters():
     assert not torch.allclose(one, other, atol=1e-4)
 
 
-@pytest.fixture
-def process_group():
-    ours = not dist.is_initialized()
-    if ours:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    if ours:
-        dist.destroy_process_group()
-
-
-def test_sharded_in_parts_with_bf16_policy_it_answers_as_the_bf16_model(process_group):
+def test_sharded_in_parts_with_bf16_policy_it_answers_as_the_bf16_model(one_rank):
     model = make()
     expected = model(make_batch())["label"]
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
     for part in (*model.encoders.values(), model.fusion, *model.heads.values(), model):
-        fully_shard(part, mesh=mesh, mp_policy=policy)
+        fully_shard(part, mesh=one_rank, mp_policy=policy)
     logits = model(poison(make_batch()))["label"]
     torch.testing.assert_close(logits.float(), expected, rtol=0.02, atol=0.02)
     logits.float().square().sum().backward()

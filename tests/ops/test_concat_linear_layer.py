@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from check import compiled
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
@@ -80,13 +78,6 @@ class Tower(nn.Module):
         for block in self.blocks:
             x = block(x, pooled, present)
         return x
-
-
-@pytest.fixture
-def one_rank(tmp_path):
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 def tower(rematerialise=False):

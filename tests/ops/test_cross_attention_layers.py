@@ -4,12 +4,10 @@ import functools
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from check import compiled, same_bits
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
@@ -351,13 +349,6 @@ def step(model):
     out.square().mean().backward()
     gradients = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in model.parameters()]
     return [out.detach(), *gradients]
-
-
-@pytest.fixture
-def one_rank(tmp_path):
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 def test_checkpointing_compile_and_fsdp2_together(one_rank):

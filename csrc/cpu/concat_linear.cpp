@@ -97,6 +97,7 @@ Tensors forward(const Tensors& inputs, const Tensor& weight, const Maybe& bias, 
     p.kernels.epilogue(y + r * n + first, c, other, gate.empty() ? nullptr : gate.data() + first,
                        skip ? skip_rows[skip->row(r)] + first : nullptr, activation, count);
   };
+  // gate, residual and a second sum would not fit into the registers beside a tile's sums
   const bool plain = !skip && gate.empty() && activation != Activation::swiglu;
   sum_of_products(p.rows, n, halves, terms, begin, end, Into<T>{plain ? y : nullptr, z, activation});
   return made;

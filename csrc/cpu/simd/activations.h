@@ -62,8 +62,7 @@ template <class T>
 constexpr bool HAS_CUBICS = sizeof(T) == 2 && lanes<float> == 16;
 
 // f(x) = 1 - f(-x), from the cubics of f(-|x|). Two registers hold a power's coefficients; the five lowest
-// bits of |4 x| + 1.5 * 2^23 say which of them. NaN stays NaN, infinity
-// takes the limit.
+// bits of |4 x| + 1.5 * 2^23 say which of them. NaN stays NaN, infinity takes the limit.
 template <class T>
 Vec<T> by_cubics(const Cubics& cubics, Vec<T> x) {
   static_assert(HAS_CUBICS<T>);

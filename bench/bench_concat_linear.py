@@ -34,7 +34,7 @@ MIXES = {
 }
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 WEIGHED = [(mix, "relu", 0.0, torch.float32) for mix in ("pooled", "dense")]  # peak memory is taken too
-REQUIRED = {  # DESIGN section 4, by mix and by whether the backward is in it
+REQUIRED = {  # the goals of docs/ops/concat_linear.md, by mix and by whether the backward is in it
     ("pooled", False): {"eager": 1.9, "compiled": 1.9, "split": 1.0},
     ("pooled", True): {"eager": 1.7, "compiled": 1.7, "split": 1.0},
     ("dense", False): {"eager": 1.0, "compiled": 1.0},

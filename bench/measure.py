@@ -46,7 +46,7 @@ class Work:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     flops: float = 0.0  # of the work that is visible, multiply and add counted as two
-    required: Mapping[str, float] = field(default_factory=dict)  # peer -> the ratio that DESIGN asks for
+    required: Mapping[str, float] = field(default_factory=dict)  # peer -> the ratio that is the goal
     sets: int = 3  # different inputs, taken in rotation
     rounds: tuple[int, int] = (15, 101)  # that are taken, at least and at most
     computed_in: Mapping[str, torch.dtype] = field(default_factory=dict)  # variant -> if not in ``dtype``

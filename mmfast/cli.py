@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmfast.errors import UserError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mmfast.train import Config
 
 COMMANDS = {
-    "prepare": "make a dataset: stamps, digits, folder or csv",
+    "prepare": "make a dataset: stamps, digits, folder, csv or index",
     "check": "read a configuration, decode a batch, take a step, say what would be used",
     "fit": "train",
     "validate": "score a checkpoint on the validation split",
@@ -112,7 +112,7 @@ def test(arguments: list[str]) -> int:
 def _score(name: str, arguments: list[str]) -> int:
     from mmfast.train import Trainer, build
 
-    options, rest = _options(arguments)
+    options, rest = _options(arguments, "checkpoint", "only")
     config = _config(name, rest)
     trainer = Trainer(config)
     model, data = build(config)
@@ -131,7 +131,7 @@ def predict(arguments: list[str]) -> int:
 
     from mmfast.train import Trainer, build
 
-    options, rest = _options(arguments)
+    options, rest = _options(arguments, "checkpoint", "only", "split", "output")
     config = _config("predict", rest)
     trainer = Trainer(config)
     model, data = build(config)
@@ -170,7 +170,7 @@ def prepare(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="mmfast prepare", description=COMMANDS["prepare"])
     chosen = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
     for name, source in SOURCES.items():
-        words = (source.__doc__ or "").strip().split("\n")[0]
+        words = (source.__doc__ or "").strip().split("\n")[0].partition("``: ")[2]
         source.add_arguments(chosen.add_parser(name, help=words, description=words))
     options = parser.parse_args(arguments)
     path = SOURCES[options.source].prepare(options)
@@ -195,12 +195,16 @@ def doctor(arguments: list[str]) -> int:
     return int(room.main() or 0)
 
 
-def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def _options(arguments: list[str], *own: str) -> tuple[argparse.Namespace, list[str]]:
+    settings: dict[str, Any] = {
+        "checkpoint": {"default": "best"},
+        "only": {"type": lambda names: names.split(",")},
+        "split": {"default": "test"},
+        "output": {},
+    }
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--checkpoint", default="best")
-    parser.add_argument("--only", type=lambda names: names.split(","))
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--output")
+    for name in own:
+        parser.add_argument(f"--{name}", **settings[name])
     return parser.parse_known_args(arguments)
 
 
@@ -212,4 +216,5 @@ def _config(command: str, arguments: list[str]) -> "Config":
         at = arguments.index("--resume")
         given = at + 1 < len(arguments) and not arguments[at + 1].startswith("-")
         arguments[at : at + 1 + given] = ["--trainer.resume", arguments[at + 1] if given else "latest"]
-    return parse(arguments, f"mmfast {command}")
+    own = globals()[command].__doc__.replace("``", "")  # the options that are not keys
+    return parse(arguments, f"mmfast {command}", own)

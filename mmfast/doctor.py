@@ -92,6 +92,8 @@ def main() -> int:
         "CPU", f"{_cpu_name()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
     )
     machine.add_row("instruction sets", _instruction_sets())
+    if _native.cpu:
+        machine.add_row("CPU kernels", f"run with {_native.isa()}")
     for gpu in _gpus():
         machine.add_row("GPU", gpu)
     for line in _native_lines():

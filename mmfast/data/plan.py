@@ -1,4 +1,4 @@
-"""Which samples make up step s: a pure function of (seed, epoch, step), in memory of one batch.
+"""Which samples make up step s: a pure function of (seed, step), in memory of one batch.
 
 An epoch's order is a permutation computed element by element (a Feistel network over splitmix64, walked
 until it lands inside the epoch), so a plan over 10^9 samples costs what one over 10 does, and no library's

@@ -21,17 +21,17 @@ from mmfast.train.config import Config
 set_parsing_settings(subclasses_enabled=[Modality, models.EncoderConfig, models.FusionConfig])
 
 
-def parser(prog: str) -> ArgumentParser:
+def parser(prog: str, description: str | None = None) -> ArgumentParser:
     """Make the parser of a whole job: ``--config FILE`` and one option for every key."""
-    made = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
+    made = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     made.add_argument("--config", action=ActionConfigFile, help="a YAML file of the keys below")
     made.add_class_arguments(Config)
     return made
 
 
-def parse(arguments: Sequence[str], prog: str = "mmfast fit") -> Config:
+def parse(arguments: Sequence[str], prog: str = "mmfast fit", description: str | None = None) -> Config:
     """Read ``--config FILE --trainer.max_steps 300 …``; later options override earlier ones and the file."""
-    made = parser(prog)
+    made = parser(prog, description)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""The order of samples is a pure function of (seed, epoch, step)."""
+"""The order of samples is a pure function of (seed, step)."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The ten promises of DESIGN for contrastive_loss, on every backend that is there, eager and compiled."""
+"""The ten promises of docs/architecture.md for contrastive_loss, on every backend that is there, eager and compiled."""
 
 import pytest
 import torch

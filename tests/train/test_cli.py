@@ -107,6 +107,7 @@ def test_a_mistake_in_the_file_is_one_line(tmp_path, capsys, old, new, line):
         (["fit", "--config", "configs/stamps.yaml", "--data.path=nowhere"], "nowhere"),
         (["fit", "--config", "configs/stamps.yaml", "--trainer.only=[smell]"], "trainer.only has 'smell'"),
         (["test", "--config", "configs/stamps.yaml", "--trainer.out=nowhere"], "nowhere"),
+        (["test", "--config", "configs/stamps.yaml", "--split=train"], "unknown configuration key 'split'"),
     ],
 )  # fmt: skip
 def test_a_mistake_on_the_command_line_is_one_line(monkeypatch, tmp_path, capsys, data, arguments, line):
@@ -123,6 +124,15 @@ def test_an_unexpected_error_shows_where_and_what(monkeypatch, capsys):
     assert main(["plan"]) == 1
     said = capsys.readouterr().err
     assert "Traceback" in said and said.endswith("mmfast: error: ZeroDivisionError: division by zero\n")
+
+
+def test_help_names_the_options_that_are_not_keys(capsys):
+    own = {"fit": ["--resume"], "test": ["--only"], "predict": ["--checkpoint", "--split", "--output"]}
+    for command, wanted in own.items():
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--help"])
+        shown = capsys.readouterr().out
+        assert ended.value.code == 0 and all(option in shown for option in [*wanted, "--trainer.lr"])
 
 
 def test_help_needs_no_torch():

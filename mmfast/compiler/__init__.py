@@ -64,11 +64,11 @@ def rewrite(module: GraphModule, *, only_faster: bool = True) -> list[Finding]:
     Returns:
         What was found.
     """
-    return _rewrite(module.graph, only_faster, ())
+    return _rewrite(Body(module.graph), only_faster)
 
 
-def _rewrite(graph: Graph, only_faster: bool, autocast: tuple[Any, ...]) -> list[Finding]:
-    body, claimed = Body(graph, autocast), set[Node]()
+def _rewrite(body: Body, only_faster: bool) -> list[Finding]:
+    graph, claimed = body.graph, set[Node]()
     found: list[Match | Left] = []
     findings: list[Finding] = []
     for node in graph.nodes:
@@ -77,9 +77,9 @@ def _rewrite(graph: Graph, only_faster: bool, autocast: tuple[Any, ...]) -> list
                 found.append(Left("checkpoint", node, "what the region reads is edited in place afterwards"))
             else:
                 for inner in inner_graphs(node):
-                    findings += _rewrite(inner, only_faster, body.modes[node][1])
+                    findings += _rewrite(Body(inner, body, node), only_faster)
         for pattern in PATTERNS:
-            result = pattern.find(body, node, claimed)
+            result = _find(pattern, body, node, claimed)
             if isinstance(result, Match):
                 why = _worth.slower(result) if only_faster else ""
                 if why:
@@ -111,26 +111,37 @@ def _rewrite(graph: Graph, only_faster: bool, autocast: tuple[Any, ...]) -> list
     ]
 
 
+def _find(pattern: Any, body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
+    try:
+        result: Match | Left | None = pattern.find(body, node, claimed)
+    except Exception as error:  # what only makes a model faster must not end its compilation
+        return Left(pattern.__name__.rpartition("._")[2], node, f"it cannot be read: {error}")
+    return result
+
+
 def _spare(graph: Graph, found: list[Match | Left]) -> list[Match | Left]:
     """Leaves what is a part of another match, and what would not spare the memory that it is to spare."""
-    inner = {node for match in found if isinstance(match, Match) for node in match.fused - {match.last}}
-    found = [
-        Left(one.op, one.node, "it is a part of what another op replaces")
-        if isinstance(one, Match) and one.last in inner
-        else one
-        for one in found
-    ]
     while True:
         matches = [match for match in found if isinstance(match, Match)]
+        inner = {node for match in matches for node in match.fused - {match.last}}
+        matches = [match for match in matches if match.last not in inner]
         fused = {node for match in matches for node in match.fused}
         gone = {match.last for match in matches}
         for node in reversed(graph.nodes):
             if node in fused and all(user in gone for user in node.users):
                 gone.add(node)
-        kept = [_left_if_needed(one, gone) if isinstance(one, Match) else one for one in found]
+        kept = [
+            _left_if_needed(one, gone) if isinstance(one, Match) and one in matches else one for one in found
+        ]
         if kept == found:
-            return found
+            break
         found = kept
+    return [
+        Left(one.op, one.node, "it is a part of what another op replaces")
+        if isinstance(one, Match) and one not in matches
+        else one
+        for one in found
+    ]
 
 
 def _left_if_needed(match: Match, gone: set[Node]) -> Match | Left:

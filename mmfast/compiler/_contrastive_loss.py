@@ -67,11 +67,12 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
     rows, columns = _logits(argument(one, 0, "input")), _logits(argument(other, 0, "input"), turned=True)
     if rows is None or columns is None:
         return None
+    targets = [_diagonal(argument(loss, 1, "target"), shape(rows.a)[0]) for loss in (one, other)]
     reductions = {argument(loss, 6, "reduction", default="mean") for loss in (one, other)}
     why = ""
     if not rows.read_alike(columns):
         why = "its halves are not of the rows and of the columns of one matrix"
-    elif not all(_diagonal(argument(loss, 1, "target"), shape(rows.a)[0]) for loss in (one, other)):
+    elif not all(targets):
         why = "its targets are not known to be the diagonal"
     elif any(
         argument(loss, i, key, default=usual) != usual for loss in (one, other) for key, i, usual in PLAIN
@@ -96,7 +97,20 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
         node=node,
         last=node,
         call=loss,
-        fused=frozenset((node, one, other, *passed, *more, *matrices, *rows.passed, *columns.passed)),
+        fused=frozenset(
+            (
+                node,
+                one,
+                other,
+                *passed,
+                *more,
+                *matrices,
+                *rows.passed,
+                *columns.passed,
+                *targets[0],
+                *targets[1],
+            )
+        ),
         spared=dict.fromkeys(matrices, "the matrix of logits"),
         dtype=rows.matrices[-1].meta["example_value"].dtype,
         flops=2.0 * pairs * pairs * features,
@@ -192,6 +206,8 @@ def _product(logits: Logits) -> Make | Node:
     scale: Any = None
     for kind, by in logits.scales:
         if isinstance(by, Node):
+            if (dtype := by.meta["example_value"].dtype).itemsize < 4:  # one rounding would shift all logits
+                by = Make(torch.Tensor.to, (by, torch.promote_types(dtype, torch.float32)))
             by = by if kind == "mul" else Make(torch.reciprocal, (by,))
             scale = by if scale is None else Make(torch.mul, (scale, by))
     if scale is None:
@@ -200,15 +216,17 @@ def _product(logits: Logits) -> Make | Node:
     return Make(torch.mul, (scale, math.prod(numbers))) if numbers else scale
 
 
-def _diagonal(target: Any, pairs: Any) -> bool:
-    """Whether ``target`` is 0, 1, 2, ... up to the number of pairs."""
+def _diagonal(target: Any, pairs: Any) -> list[Node]:
+    """The nodes that make ``target``, if it is 0, 1, 2, ... up to the number of pairs."""
+    made = [target]
     while name(target) == "to" and target.meta["example_value"].dtype == torch.int64:
         target = argument(target, 0, "self")
+        made.append(target)
     if name(target) != "arange":
-        return False
-    if len(target.args) == 1 or "end" in target.kwargs:
-        start, end = target.kwargs.get("start", 0), argument(target, 0, "end")
+        return []
+    if len(target.args) == 1 and "end" not in target.kwargs:
+        start, end = 0, target.args[0]
     else:
-        start, end = target.args[:2]
+        start, end = argument(target, 0, "start", default=0), argument(target, 1, "end")
     step = argument(target, 2, "step", default=1)
-    return same((number(start), number(end), number(step)), (0, pairs, 1))
+    return made if same((number(start), number(end), number(step)), (0, pairs, 1)) else []

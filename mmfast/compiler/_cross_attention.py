@@ -19,6 +19,7 @@ from mmfast.compiler._graph import (
     same,
     shape,
     sizes,
+    storages,
     transposed,
     value,
     widens,
@@ -86,6 +87,8 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
     if _lies_by_rows(node):
         call = Make(torch.transpose, (call, 1, 2))
         call = Make(torch.transpose, (Make(torch.Tensor.contiguous, (call,)), 1, 2))
+    if name(node) == "matmul" and storages([node]) & body.given_back:
+        call = Make(torch.clone, (call,))  # whoever gets it may edit a product, but not what the op keeps
     batch, heads, queries, depth = map(hint, shape(found.query))
     keys = hint(shape(found.key)[2])
     match = Match(
@@ -150,18 +153,22 @@ def _written_out(node: Node) -> Attention | None:
                 return None
             scale = scale * factor if kind == "mul" else scale / factor
         elif kind in ("masked_fill", "where") and found.mask is None:
-            hides = kind == "masked_fill"
-            found.mask, found.hidden = argument(logits, int(hides), "mask", "condition"), hides
+            found.hidden = kind == "masked_fill"
+            found.mask = argument(logits, int(found.hidden), "mask", "condition")
             fill = argument(logits, 2, "value", "other")
+            if kind == "where":
+                after = argument(logits, 1, "input", "self")
+                if not isinstance(after, Node):
+                    found.hidden, after, fill = True, fill, after
             if not isinstance(fill, int | float):
                 return None
             if fill != -math.inf:
                 found.why = f"{fill:g} is finite: a query that sees nothing would see everything"
         elif kind == "add" and value(argument(logits, 1, "other")) is not None:
             found.mask, found.why = argument(logits, 1, "other"), "its mask is added"
-        else:
+        elif not widens(logits, after):
             return None
-        logits = step(logits, argument(logits, 1, "input", "self") if kind == "where" else after)
+        logits = step(logits, after)
     key = transposed(argument(logits, 1, "other", "mat2"))
     if key is None:
         return None

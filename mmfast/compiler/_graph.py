@@ -73,9 +73,15 @@ IN_PLACE_FUNCTIONS = {getattr(operator, name) for name in IN_PLACE}
 WRITES: dict[Any, tuple[tuple[tuple[int, str], ...], tuple[int, str] | None]] = {
     F.batch_norm: (((1, "running_mean"), (2, "running_var")), None),
     F.instance_norm: (((1, "running_mean"), (2, "running_var")), None),
+    torch.batch_norm: (((3, "running_mean"), (4, "running_var")), None),
+    torch.instance_norm: (((3, "running_mean"), (4, "running_var")), None),
     F.embedding: (((1, "weight"),), (3, "max_norm")),
     F.embedding_bag: (((1, "weight"),), (3, "max_norm")),
 }
+ASSERTIONS = {
+    torch._check, torch._check_is_size, torch._assert, torch.ops.aten._assert_scalar.default,
+    torch.ops.aten._assert_async.msg,
+}  # fmt: skip
 OTHERWISE = {"out", "rounding_mode"}  # with these a function is another one
 OURS = ("mmfast.",)
 FROM_TORCH = ("torch", "_operator", "math", "builtins")
@@ -101,7 +107,8 @@ def argument(node: Node, position: int, *names: str, default: Any = None) -> Any
 def sizes(node: Node) -> tuple[Any, ...]:
     """``x.expand(2, 3)``, ``x.expand((2, 3))``: what stands behind the tensor."""
     rest = node.args[1:] or tuple(node.kwargs.values())
-    return tuple(rest[0]) if len(rest) == 1 and isinstance(rest[0], tuple | list) else tuple(rest)
+    only = number(rest[0]) if len(rest) == 1 else None  # a whole size may be made elsewhere
+    return tuple(only) if isinstance(only, tuple | list) else tuple(rest)
 
 
 def value(node: Any) -> FakeTensor | None:
@@ -123,7 +130,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def number(size: Any) -> Any:
-    """A size among a call's arguments, where a dynamic one is a node."""
+    """A size, or several, among a call's arguments, where a dynamic one is a node."""
     return size.meta["example_value"] if isinstance(size, Node) else size
 
 
@@ -191,16 +198,22 @@ def resolve(tree: Any, node: Callable[[Node], Any], make: Callable[[Make], Any])
 class Body:
     """A graph with what is known of its nodes only together: order, modes, what is edited in place."""
 
-    def __init__(self, graph: Graph, autocast: tuple[Any, ...] = ()) -> None:
-        """Reads ``graph`` as it is now; ``autocast``: of the region that it is in, as Dynamo enters it."""
+    def __init__(self, graph: Graph, around: "Body | None" = None, at: Node | None = None) -> None:
+        """Reads ``graph`` as it is now, which may be a region ``at`` a node of the one ``around``."""
+        self.graph = graph
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.modes: dict[Node, tuple[int, tuple[Any, ...]]] = {}
         self.edits = [(node, storages(edited(node))) for node in graph.nodes]
         self.edits = [(node, where) for node, where in self.edits if where]
+        self.given_back = storages(graph.output_node().all_input_nodes)
+        self.differentiates = any(node.target is torch.autograd.grad for node in graph.nodes)
         # Of what is given; where a size is made of others, it is read from the data.
         inputs = [node.meta.get("example_value") for node in graph.nodes if node.op == "placeholder"]
         self.sizes = {size for known in inputs if known is not None for size in free_symbols(known)}
-        entered = [autocast]
+        entered: list[tuple[Any, ...]] = [()]
+        if around is not None and at is not None:
+            self.differentiates, self.sizes = around.differentiates, around.sizes
+            entered = [around.modes[at][1]]
         mode = 0
         for node in graph.nodes:
             if node.target is torch.amp.autocast_mode._enter_autocast:
@@ -209,7 +222,7 @@ class Body:
                 entered.pop()
             # What gives no value may change how the rest is computed: autocast, grad mode, tensor hooks.
             silent = node.op == "call_function" and "example_value" not in node.meta
-            mode += silent and node.target not in IN_PLACE_FUNCTIONS
+            mode += silent and node.target not in IN_PLACE_FUNCTIONS and node.target not in ASSERTIONS
             self.modes[node] = mode, entered[-1]
 
     def one_mode(self, nodes: Iterable[Node]) -> bool:
@@ -249,7 +262,14 @@ def nodes_of(tree: Any) -> list[Node]:
 def storages(nodes: Iterable[Any]) -> set[int]:
     """Identities of the memory behind the tensors of ``nodes``."""
     leaves = pytree.tree_leaves([n.meta.get("example_value") for n in nodes if isinstance(n, Node)])
-    return {t.untyped_storage()._cdata for t in leaves if isinstance(t, Tensor)}
+    return {_plain(t).untyped_storage()._cdata for t in leaves if isinstance(t, Tensor)}
+
+
+def _plain(t: Tensor) -> Tensor:
+    """What ``vmap`` and ``grad`` have wrapped."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
 
 
 def edited(node: Node) -> list[Any]:

@@ -43,6 +43,10 @@ def unsound(body: Body, match: Match) -> str:
     floats = [node for node in match.fused if (known := value(node)) is None or known.is_floating_point()]
     if not body.one_mode(floats):
         return "autocast or grad mode changes on the way"
+    if body.differentiates:
+        return "gradients are taken inside the graph, and the op has no second derivative"
+    if any(map(_hooks, (user for node in match.fused - {match.last} for user in node.users))):
+        return "a hook waits for the gradient of a part of it"
     wanted = match.last.meta["example_value"]
     given = [node for node in nodes_of(match.call) if isinstance(node.meta.get("example_value"), Tensor)]
     if special := [node for node in given if value(node) is None]:
@@ -70,6 +74,10 @@ def unsound(body: Body, match: Match) -> str:
     if not same(got.stride(), wanted.stride()):
         return f"its output has strides {list(wanted.stride())} in memory, the op's {list(got.stride())}"
     return ""
+
+
+def _hooks(node: Node) -> bool:
+    return getattr(node.target, "__name__", "") == "register_hook"
 
 
 def along(cat: Node) -> int:

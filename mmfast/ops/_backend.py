@@ -85,14 +85,18 @@ def distinct(*tensors: Tensor | None) -> Sequence[Tensor | None]:
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """As PyTorch's, which costs a small op's time, but where no graph of the backward is recorded it is not
-    entered.
+    """Makes a second derivative an error. PyTorch's decorator does so only where an incoming gradient asks
+    for one: that of ``op(x).sum()`` does not, and what the backward owes to ``x`` would be lost.
     """
-    recorded = torch.autograd.function.once_differentiable(backward)
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor) -> Any:
-        return recorded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # AOTAutograd has its own error
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            given = backward(ctx, *grads)
+        refuse: Any = torch._C._functions.DelayedError(b"mmfast's ops are differentiable once", len(given))
+        return refuse(*[None if g is None else g.detach().requires_grad_() for g in given])
 
     return run
 

@@ -270,3 +270,31 @@ def sources_detached_by_no_grad(a, b, weight, bias):
     with torch.no_grad():
         both = torch.cat([a, b], -1)
     return F.linear(both, weight, bias) + a.sum() + b.sum()
+
+
+@case(ALL, "concat_linear")
+def something_is_checked_on_the_way(x, pooled, side, weight, bias):
+    both = whole(x, pooled, side)
+    torch._check(both.shape[-1] == weight.shape[-1])
+    return F.linear(both, weight, bias)
+
+
+@case(ALL, leaves=("a hook",))
+def a_hook_on_the_concatenation(x, pooled, side, weight, bias):
+    both = whole(x, pooled, side)
+    y = torch.relu(F.linear(both, weight, bias))
+    both.register_hook(lambda gradient: 2 * gradient)
+    return y
+
+
+@case(ALL, "concat_linear")
+def a_hook_on_a_source(x, pooled, side, weight, bias):
+    pooled = pooled * 2
+    y = F.linear(whole(x, pooled, side), weight, bias)
+    pooled.register_hook(lambda gradient: 2 * gradient)
+    return y
+
+
+@case({"x": X, "row": (1, 5, 6), **linear(14)}, "concat_linear")
+def repeated_by_a_size_made_elsewhere(x, row, weight, bias):
+    return F.linear(torch.cat([x, row.repeat(x.shape[:1] + (1, 1))], -1), weight, bias)

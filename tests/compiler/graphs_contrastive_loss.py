@@ -33,7 +33,7 @@ def scaled_behind_with_a_bias(image, text, scale, bias):
 @case(PAIRS, "contrastive_loss")
 def over_a_temperature_and_weighed(image, text, scale):
     logits = F.linear(image, text).float() / 0.07 / scale
-    target = torch.arange(0, len(logits)).long()
+    target = torch.arange(0, end=len(logits)).long()
     return 0.5 * F.cross_entropy(logits, target) + F.cross_entropy(logits.mT, target) / 2
 
 
@@ -149,3 +149,24 @@ def not_reduced(image, text, scale):
 )
 def one_side_is_a_concatenation(a, b, text):
     return both_ways(torch.cat([a, b], -1) @ text.T)
+
+
+@case(PAIRS, leaves=("edited in place",))
+def a_target_moved_in_place(image, text, scale):
+    logits, target = scale * image @ text.T, torch.arange(6)
+    target[0] = 1
+    return F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
+
+
+@case(PAIRS, leaves=("a hook",))
+def a_hook_on_the_scaled_side(image, text, scale):
+    side = scale * image
+    loss = both_ways(side @ text.T)
+    side.register_hook(lambda gradient: 2 * gradient)
+    return loss
+
+
+@case({"a": (6, 3), "b": (6, 5), "text": (6, 8)}, "concat_linear", leaves=("used elsewhere",))
+def logits_of_a_concatenation_are_returned_too(a, b, text):
+    logits = torch.cat([a, b], -1) @ text.T
+    return together(both_ways(logits), logits)

@@ -306,3 +306,23 @@ def a_padding_that_is_read_again(q, one, two, p1, p2, **weights):
     zeros = torch.zeros_like(hidden, dtype=q.dtype)
     padding = zeros.masked_fill_(hidden, -math.inf)
     return by_function(q, keys, keys, *weights.values(), key_padding_mask=padding) + zeros.exp().sum()
+
+
+@case(STREAMS | MASKS, "cross_attention")
+def where_a_key_is_hidden(q, k1, v1, k2, v2, m1, m2):
+    hidden = ~torch.cat([m1, m2], 1)[:, None, None]
+    logits = torch.where(hidden, -torch.inf, q @ both(k1, k2).mT * D**-0.5)
+    return logits.softmax(-1) @ both(v1, v2)
+
+
+@case(STREAMS, "cross_attention")
+def logits_widened_before_the_softmax(q, k1, v1, k2, v2):
+    return (q @ both(k1, k2).mT).to(torch.float64).softmax(-1).to(q.dtype) @ both(v1, v2)
+
+
+@case(STREAMS | MASKS, leaves=("a hook",))
+def a_hook_on_the_keys(q, k1, v1, k2, v2, m1, m2):
+    keys, seen = both(k1, k2), torch.cat([m1, m2], 1)[:, None, None]
+    out = F.scaled_dot_product_attention(q, keys, both(v1, v2), attn_mask=seen)
+    keys.register_hook(lambda gradient: 2 * gradient)
+    return out

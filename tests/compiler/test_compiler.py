@@ -418,3 +418,86 @@ def test_explain_says_what_was_found_and_what_it_brought(capsys, monkeypatch):
     assert mmfast.explain(CASES["expanded"].function, *inputs).measured == "forward"
     with torch._dynamo.config.patch(recompile_limit=1):  # what was explained before is not in the way
         assert mmfast.explain(CASES["expanded"].function, *inputs).graphs == 1
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_gradients_taken_in_the_graph_keep_their_gradients(checkpointed):
+    def penalised(a, b, weight):
+        def region(a):
+            return F.silu(F.linear(torch.cat([a, b], -1), weight))
+
+        a = a * 1.0
+        y = (checkpoint(region, a, use_reentrant=False) if checkpointed else region(a)).sum()
+        (slope,) = torch.autograd.grad(y, a, create_graph=True)
+        return y + slope.square().sum()
+
+    inputs = [torch.randn(*shape, requires_grad=True) for shape in ((3, 8), (3, 4), (6, 12))]
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        call, found, _ = rewritten(penalised)
+        got = torch.autograd.grad(call(*inputs), inputs)
+    torch.testing.assert_close(got, torch.autograd.grad(penalised(*inputs), inputs))
+    assert [f.why for f in found] == [
+        "gradients are taken inside the graph, and the op has no second derivative"
+    ]
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad], ids=["vmap", "grad"])
+def test_edits_inside_a_transform_are_seen(transform):
+    def doubled(x):
+        return transform(lambda row: row.clone().mul_(2).sum())(x)
+
+    x = torch.randn(4, 3)
+    call, _, _ = rewritten(doubled)
+    torch.testing.assert_close(call(x), doubled(x))
+
+
+def test_an_edit_by_vmap_is_seen():
+    def edited(x, pooled, weight):
+        y = F.linear(torch.cat([x, pooled], -1), weight)
+        torch.vmap(lambda row: row.mul_(2))(x)
+        return y
+
+    inputs = torch.randn(4, 3), torch.randn(4, 5), torch.randn(6, 8, requires_grad=True)
+    call, found, _ = rewritten(edited)
+    torch.testing.assert_close(call(*(t.clone() for t in inputs)), edited(*(t.clone() for t in inputs)))
+    assert len(found) == 1 and "edited in place" in found[0].why
+
+
+def test_sizes_that_only_the_data_tell_in_a_checkpointed_region():
+    def some(x, pooled, weight, n):
+        def region(x):
+            return F.silu(F.linear(torch.cat([x, pooled[None].expand(x.shape[0], -1)], -1), weight))
+
+        return checkpoint(region, x[: n.item()], use_reentrant=False)
+
+    inputs = torch.randn(7, 8), torch.randn(12), torch.randn(5, 20, requires_grad=True), torch.tensor(4)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        call, found, _ = rewritten(some)
+        torch.testing.assert_close(call(*inputs), some(*inputs))
+    assert len(found) == 1 and "only the data tell" in found[0].why
+
+
+def test_a_written_out_attention_may_be_edited_once_it_is_given_back():
+    def attend(q, k1, k2):
+        keys = torch.cat([k1, k2], 2)
+        return (q @ keys.mT * 0.1).softmax(-1) @ keys
+
+    inputs = [torch.randn(2, 2, n, 4, requires_grad=True) for n in (3, 5, 6)]
+    gradients = []
+    call, found, _ = rewritten(attend)
+    for function in (call, attend):
+        out = function(*inputs)
+        out += 1
+        gradients.append(torch.autograd.grad(out.square().sum(), inputs))
+    torch.testing.assert_close(*gradients)
+    assert [finding.replaced for finding in found] == [True]
+
+
+def test_what_cannot_be_read_is_left():
+    def along_a_dimension_that_is_given(a, b, weight, dim):
+        return F.linear(torch.cat([a, b], dim), weight)
+
+    a, b, weight = torch.randn(3, 8), torch.randn(3, 8), torch.randn(5, 16)
+    call, found, _ = rewritten(along_a_dimension_that_is_given, dynamic=True)
+    torch.testing.assert_close(call(a, b, weight, -1), along_a_dimension_that_is_given(a, b, weight, -1))
+    assert len(found) == 1 and "cannot be read" in found[0].why

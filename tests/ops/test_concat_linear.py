@@ -295,10 +295,8 @@ def test_the_same_bits_every_time(name):
 @pytest.mark.parametrize("name", KERNELS)
 def test_double_backward_is_refused(name):
     arguments = cast(example(), torch.float32)
-    (gradient,) = torch.autograd.grad(
-        on(name)(**arguments).square().sum(), arguments["weight"], create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    (gradient,) = torch.autograd.grad(on(name)(**arguments).sum(), arguments["weight"], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
         gradient.sum().backward()
 
 

@@ -271,10 +271,8 @@ def test_the_same_bits_every_time(name, kind):
 @pytest.mark.parametrize("name", KERNELS)
 def test_double_backward_is_refused(name):
     arguments = cast(example(problems=1), torch.float32)
-    (gradient,) = torch.autograd.grad(
-        ours(name)(**arguments).square().sum(), arguments["a"], create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    (gradient,) = torch.autograd.grad(ours(name)(**arguments).sum(), arguments["a"], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
         gradient.sum().backward()
 
 

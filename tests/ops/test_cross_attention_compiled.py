@@ -109,12 +109,12 @@ def test_opcheck(name, options):
 @pytest.mark.parametrize("how", ["eager", "compiled"])
 def test_double_backward_is_refused(name, how):
     function, message = (
-        (on(name), "once_differentiable") if how == "eager" else (compiled(on(name)), "create_graph=False")
+        (on(name), "differentiable once") if how == "eager" else (compiled(on(name)), "create_graph=False")
     )
     arguments = cast(example_for(name), torch.float32)
     out = function(**arguments)
     with pytest.raises(RuntimeError, match=message):
-        (grad,) = torch.autograd.grad(out.square().sum(), arguments["query"], create_graph=True)
+        (grad,) = torch.autograd.grad(out.sum(), arguments["query"], create_graph=True)
         grad.sum().backward()
 
 

@@ -308,9 +308,9 @@ def test_the_same_bits_every_time_and_with_any_number_of_threads(name):
 @pytest.mark.parametrize("name", KERNELS)
 def test_double_backward_is_refused(name):
     arguments = cast(example(), torch.float32)
-    out = on(name)(**arguments).square().sum()
+    out = on(name)(**arguments).sum()
     (gradient,) = torch.autograd.grad(out, arguments["rank_weight"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="differentiable once"):
         gradient.sum().backward()
 
 

@@ -16,6 +16,9 @@ def require_streams(layer: nn.Module, sources: Any, known: Iterable[str], **name
             got = type(given).__name__
             raise TypeError(f"{_name(layer)}: {argument} is a {got}, wanted a tensor for each name")
         require_names(layer, argument, given, known)
+    for name, t in sources.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{_name(layer)}: {name} in sources is a {type(t).__name__}, wanted a tensor")
     absent = [name for name in known if name not in sources]
     if absent:
         raise ValueError(f"{_name(layer)}: sources has no {', '.join(absent)}, wanted {', '.join(known)}")
@@ -26,6 +29,14 @@ def require_names(layer: nn.Module, argument: str, names: Iterable[str], known: 
     for name in names:
         if name not in known:
             raise ValueError(f"{_name(layer)}: {argument} has {name!r}, wanted one of {', '.join(known)}")
+
+
+def require_keys(layer: nn.Module, argument: str, names: Iterable[str]) -> None:
+    """Names that a ``ModuleDict`` can have."""
+    for name in names:
+        if not name or "." in name or hasattr(nn.ModuleDict(), name):
+            wanted = "a name without dots that is no attribute of nn.ModuleDict"
+            raise wrong(_name(layer), argument, repr(name), wanted)
 
 
 def require_flags(layer: nn.Module, argument: str, given: Any, *shapes: tuple[int, ...]) -> None:

@@ -103,7 +103,9 @@ class ConcatLinear(nn.Module):
         layer = cls(
             in_features, linear.out_features, bias is not None, device=weight.device, dtype=weight.dtype
         )
-        layer.load_state_dict(linear.state_dict())
+        take(layer.weight, weight)
+        if bias is not None:
+            take(layer.bias, bias)
         return layer.train(linear.training)
 
     def forward(
@@ -135,3 +137,11 @@ class ConcatLinear(nn.Module):
         if self.gate is not None:
             parts.append("gate=" + ("scalar" if self.gate.numel() == 1 else "channel"))
         return ", ".join(parts)
+
+
+def take(parameter: Tensor | None, source: Tensor) -> None:
+    """Copies what another layer has learnt, frozen where it is."""
+    assert parameter is not None
+    with torch.no_grad():
+        parameter.copy_(source)
+    parameter.requires_grad_(source.requires_grad)

@@ -6,8 +6,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mmfast.nn._checks import described, require, require_flags, require_names, require_streams
-from mmfast.nn.concat_linear import ConcatLinear
+from mmfast.nn._checks import described, require, require_flags, require_keys, require_names, require_streams
+from mmfast.nn.concat_linear import ConcatLinear, take
 from mmfast.nn.masking import valid
 from mmfast.ops import cross_attention
 from mmfast.ops.reference import AttentionStats
@@ -75,6 +75,7 @@ class CrossModalAttention(nn.Module):
                 f"CrossModalAttention: num_kv_heads is {kv_heads}, wanted a divisor of {num_heads}"
             )
         require_names(self, "causal", causal, source_dims)
+        require_keys(self, "source_dims", source_dims)
         self.heads, self.kv_heads, self.head_dim = num_heads, kv_heads, embed_dim // num_heads
         self.causal = [name in causal for name in source_dims]
         self.widths = tuple(source_dims.values())
@@ -87,8 +88,14 @@ class CrossModalAttention(nn.Module):
         self.project = ConcatLinear([embed_dim], embed_dim, bias, gate=gate, **made)
         self.query_norm = nn.RMSNorm(self.head_dim, **made) if qk_norm else nn.Identity()
         self.key_norm = nn.RMSNorm(self.head_dim, **made) if qk_norm else nn.Identity()
-        biases = torch.zeros(num_heads, len(source_dims), **made) if source_bias else None
+        biases = torch.empty(num_heads, len(source_dims), **made) if source_bias else None
         self.register_parameter("source_bias", None if biases is None else nn.Parameter(biases))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """No source is preferred."""
+        if self.source_bias is not None:
+            nn.init.zeros_(self.source_bias)
 
     @classmethod
     def from_multihead(
@@ -131,18 +138,13 @@ class CrossModalAttention(nn.Module):
             query, key_value = packed[:width], packed[width:]
         projection = layer.sources[source]
         assert isinstance(projection, ConcatLinear)
-        with torch.no_grad():
-            layer.query.weight.copy_(query)
-            projection.weight.copy_(key_value)
-            layer.project.weight.copy_(out.weight)
-            for ours, theirs in (
-                (layer.query.bias, slice(width)),
-                (projection.bias, slice(width, None)),
-            ):
-                if ours is not None:
-                    ours.copy_(attention.in_proj_bias[theirs])
-            if layer.project.bias is not None:
-                layer.project.bias.copy_(out.bias)
+        take(layer.query.weight, query)
+        take(projection.weight, key_value)
+        take(layer.project.weight, out.weight)
+        if attention.in_proj_bias is not None:
+            take(layer.query.bias, attention.in_proj_bias[:width])
+            take(projection.bias, attention.in_proj_bias[width:])
+            take(layer.project.bias, out.bias)
         return layer.train(attention.training)
 
     def forward(
@@ -324,13 +326,17 @@ class PerceiverResampler(nn.Module):
         self.streams = tuple(source_dims)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.latents = nn.Parameter(torch.empty(num_latents, embed_dim, **made))
-        nn.init.normal_(self.latents, std=0.02)
+        self.reset_parameters()
         together = {**source_dims, LATENTS: embed_dim}
         self.blocks = nn.ModuleList(
             CrossModalBlock(embed_dim, num_heads, together, gate=None, norm_sources=True, **made, **options)
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim, **made)
+
+    def reset_parameters(self) -> None:
+        """The latents, small and random."""
+        nn.init.normal_(self.latents, std=0.02)
 
     def forward(
         self,
@@ -344,7 +350,7 @@ class PerceiverResampler(nn.Module):
 
         The other arguments are those of ``CrossModalAttention``.
         """
-        require_streams(self, sources, self.streams)
+        require_streams(self, sources, self.streams, lengths=lengths or {}, masks=masks or {})
         first = next(iter(sources.values()))
         require_flags(self, "present", present, (len(first), len(self.streams)))
         if present is not None:

@@ -12,4 +12,5 @@ def valid(lengths: Tensor, size: int) -> Tensor:
 def masked_mean(sequence: Tensor, lengths: Tensor) -> Tensor:
     """[B, T, D] -> [B, D]: the mean of the first ``lengths[b]`` steps, 0 where there is none."""
     kept = torch.where(valid(lengths, sequence.shape[1])[..., None], sequence, 0.0)
-    return kept.sum(dim=1) / lengths.clamp(min=1)[:, None].to(sequence.dtype)
+    wide = torch.promote_types(sequence.dtype, torch.float32)
+    return (kept.sum(dim=1, dtype=wide) / lengths.clamp(min=1)[:, None].to(wide)).to(sequence.dtype)

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mmfast.nn._checks import require_flags, require_streams
+from mmfast.nn._checks import described, require, require_flags, require_keys, require_streams
 from mmfast.nn.concat_linear import ConcatLinear
 from mmfast.nn.cross_attention import CrossModalAttention, CrossModalBlock, Streams
 from mmfast.nn.masking import masked_mean, valid
@@ -58,7 +58,7 @@ class BottleneckFusion(nn.Module):
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.project = _projections(self, source_dims, embed_dim, made)
         self.bottlenecks = nn.Parameter(torch.empty(num_bottlenecks, embed_dim, **made))
-        nn.init.normal_(self.bottlenecks, std=0.02)
+        self.reset_parameters()
         options = {"gate": None, "norm_sources": True, **made, **options}
         self.layers = nn.ModuleList(
             nn.ModuleDict(
@@ -68,6 +68,10 @@ class BottleneckFusion(nn.Module):
             for _ in range(depth)
         )  # fmt: skip
         self.norm = nn.LayerNorm(embed_dim, **made)
+
+    def reset_parameters(self) -> None:
+        """The bottlenecks, small and random."""
+        nn.init.normal_(self.bottlenecks, std=0.02)
 
     def forward(
         self, sources: Streams, *, lengths: Streams | None = None, present: Tensor | None = None
@@ -159,6 +163,7 @@ def _projections(
 ) -> nn.ModuleDict:
     if not source_dims:
         raise ValueError(f"{type(layer).__name__}: source_dims is empty, wanted at least one modality")
+    require_keys(layer, "source_dims", source_dims)
     return nn.ModuleDict({name: ConcatLinear([d], embed_dim, **made) for name, d in source_dims.items()})
 
 
@@ -179,8 +184,11 @@ def _tokens(
     require_flags(layer, "present", present, (len(first), len(project)))
     tokens, steps = {}, {}
     for i, (name, projection) in enumerate(project.items()):
-        x = sources[name]
-        length = lengths.get(name)
+        x, length, width = sources[name], lengths.get(name), cast(ConcatLinear, projection).weight.shape[1]
+        fits = x.dim() == 3 and len(x) == len(first) and x.shape[2] == width
+        require(layer, fits, f"{name} in sources", x.shape, f"[{len(first)}, S, {width}]")
+        fits = length is None or (isinstance(length, Tensor) and length.shape == (len(x),))
+        require(layer, fits, f"{name} in lengths", described(length), f"integers [{len(x)}]")
         if length is None:
             length = torch.full((len(x),), x.shape[1], dtype=torch.int64, device=x.device)
         length = length.clamp(0, x.shape[1])

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmfast.nn._checks import require
 from mmfast.nn.concat_linear import ConcatLinear
 from mmfast.ops import lowrank_fusion, weighted_fusion
 from mmfast.ops.reference import ACTIVATIONS
@@ -47,12 +48,17 @@ class WeightedFusion(nn.Module):
             raise ValueError(f"WeightedFusion: activation is {activation!r}, wanted one of {wanted}")
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.project = nn.ModuleList(ConcatLinear([d], out_features, bias, **made) for d in in_features)
-        self.logits = nn.Parameter(torch.zeros(len(in_features), **made))
+        self.logits = nn.Parameter(torch.empty(len(in_features), **made))
         self.activation = activation
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """All modalities weigh alike."""
+        nn.init.zeros_(self.logits)
 
     def forward(self, inputs: Sequence[Tensor], *, present: Tensor | None = None) -> Tensor:
         """Inputs ``[..., D_i]``, present bool ``[B, n]`` -> ``[..., O]``; ``activation(0)`` without any."""
-        projected = _project(self.project, inputs, present)
+        projected = _project(self, self.project, inputs, present)
         out = weighted_fusion(projected, self.logits, present=present)
         return out if self.activation == "none" else ACTIVATIONS[self.activation](out)
 
@@ -93,7 +99,7 @@ class GatedFusion(nn.Module):
 
     def forward(self, inputs: Sequence[Tensor], *, present: Tensor | None = None) -> Tensor:
         """Inputs ``[..., D_i]``, present bool ``[B, n]`` -> ``[..., O]``; 0 without any."""
-        projected = torch.stack(torch.broadcast_tensors(*_project(self.project, inputs, present)), -2)
+        projected = torch.stack(torch.broadcast_tensors(*_project(self, self.project, inputs, present)), -2)
         gates = self.gates(inputs, present=present).unflatten(-1, (len(inputs), -1))  # [..., n, O]
         gated = gates.sigmoid() * projected.tanh()
         if present is not None:
@@ -176,9 +182,18 @@ def _require_inputs(layer: nn.Module, in_features: Sequence[int]) -> None:
         raise ValueError(f"{type(layer).__name__}: in_features is empty, wanted at least one modality")
 
 
-def _project(layers: nn.ModuleList, inputs: Sequence[Tensor], present: Tensor | None) -> list[Tensor]:
+def _project(
+    owner: nn.Module, layers: nn.ModuleList, inputs: Sequence[Tensor], present: Tensor | None
+) -> list[Tensor]:
     """Each modality through its own layer, where it is there; else the layer's bias."""
-    return [
-        layer([x], present=None if present is None else present[:, i, None])
-        for i, (layer, x) in enumerate(zip(layers, inputs, strict=True))
-    ]
+    require(owner, len(inputs) == len(layers), "inputs", f"{len(inputs)} tensors", str(len(layers)))
+    if present is None:
+        return [layer([x]) for layer, x in zip(layers, inputs, strict=True)]
+    lead = torch.broadcast_shapes(*[x.shape[:-1] for x in inputs])
+    projected = []
+    for i, (layer, x) in enumerate(zip(layers, inputs, strict=True)):
+        x, there = x if x.dim() > 1 else x[None], present[:, i]
+        if x.dim() <= len(lead) or len(x) != lead[0]:  # its rows are all samples': one that has it is enough
+            there = there.any().expand(len(x))
+        projected.append(layer([x], present=there[:, None]))
+    return projected

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mmfast import _native
 
@@ -61,12 +62,13 @@ def autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors as autocast wants them: floating ones but float64 in its dtype, where it is on."""
     tensors = (first, *others)
     device = "cpu" if first.is_cpu else first.device.type  # reading .type takes as long as a small op
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
 
     def cast(t: Tensor | None) -> Tensor | None:
-        return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        cast = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if cast and t is not None else t
 
     return tuple(cast(t) for t in tensors)
 
@@ -85,20 +87,38 @@ def distinct(*tensors: Tensor | None) -> Sequence[Tensor | None]:
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a second derivative an error. PyTorch's decorator does so only where an incoming gradient asks
-    for one: that of ``op(x).sum()`` does not, and what the backward owes to ``x`` would be lost.
+    """Makes a second derivative an error.
+
+    PyTorch's decorator does so only where an incoming gradient asks for one: that of ``op(x).sum()`` does
+    not, and what the backward owes to ``x`` would be lost. Here the error lies on the way to everything that
+    the gradients depend on: what is saved, and what ``ctx.unsaved`` has besides.
     """
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor) -> Any:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # AOTAutograd has its own error
             return backward(ctx, *grads)
+        once = _ReadOnce(ctx)
         with torch.no_grad():
-            given = backward(ctx, *grads)
-        refuse: Any = torch._C._functions.DelayedError(b"mmfast's ops are differentiable once", len(given))
-        return refuse(*[None if g is None else g.detach().requires_grad_() for g in given])
+            given = backward(once, *grads)
+        read = (*once.saved_tensors, *getattr(ctx, "unsaved", ()), *grads)
+        sources = [t for t in read if t is not None and t.requires_grad]
+        many = len(given) + len(sources)
+        refuse: Any = torch._C._functions.DelayedError(b"mmfast's ops are differentiable once", many)
+        outs = [None if g is None else g.detach().requires_grad_() for g in given]
+        return tuple(refuse(*outs, *sources))[: len(given)]
 
     return run
+
+
+class _ReadOnce:
+    """A context whose saved tensors are unpacked once: a checkpoint makes them anew, and only then."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 @contextlib.contextmanager
@@ -119,15 +139,23 @@ def backend(name: str) -> Iterator[None]:
 
 
 def choose(op: str, device: torch.device) -> str:
-    """The backend that runs ``op`` on ``device``.
+    """The backend that runs ``op`` on ``device``: the reference under torch.func and forward-mode AD.
 
     Raises:
         ValueError: the forced backend cannot run there; the message says why.
     """
+    transformed = not torch.compiler.is_compiling() and _transformed()
     if _forced is None:
-        return _automatic(op, device)
+        return "reference" if transformed else _automatic(op, device)
     _require(op, device.type, _forced)
+    if transformed and _forced != "reference":
+        raise ValueError(f"backend {_forced!r} cannot run {op} under torch.func or forward-mode AD")
     return _forced
+
+
+def _transformed() -> bool:
+    """Whether tensors may be more than the numbers that a kernel reads: tangents would be lost."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
 
 
 def available(op: str, device_type: str) -> dict[str, str]:

@@ -21,6 +21,13 @@ def require_dtype(op: str, name: str, dtype: torch.dtype) -> None:
         raise wrong(op, f"{name}{whose} dtype", dtype, "float32, bfloat16, float16 or float64")
 
 
+def require_tensor(op: str, name: str, given: Any, optional: bool = False) -> None:
+    """A tensor, or None where it is ``optional``."""
+    if not isinstance(given, Tensor) and not (optional and given is None):
+        wanted = "a tensor or None" if optional else "a tensor"
+        raise TypeError(f"{op}: {name} is a {type(given).__name__}, wanted {wanted}")
+
+
 def require_tensors(op: str, name: str, given: Any) -> None:
     """A list or tuple of at least one tensor."""
     if not isinstance(given, list | tuple):

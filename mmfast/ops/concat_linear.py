@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmfast.ops import reference
 from mmfast.ops._backend import autocast, choose, define, distinct, once_differentiable
-from mmfast.ops._checks import require_dtype, require_flags, require_tensors, wrong
+from mmfast.ops._checks import require_dtype, require_flags, require_tensor, require_tensors, wrong
 
 ACTIVATIONS = ("none", "relu", "gelu", "silu", "swiglu")
 
@@ -61,6 +61,7 @@ def concat_linear(
     float16, as float32. The weight is packed once a call.
     """
     require_tensors("concat_linear", "inputs", inputs)
+    require_tensor("concat_linear", "weight", weight)
     weight, bias, norm_weight, norm_bias, residual, gate, *inputs = autocast(
         weight, bias, norm_weight, norm_bias, residual, gate, *inputs
     )
@@ -104,6 +105,8 @@ class _ConcatLinear(torch.autograd.Function):
         mean, rstd = made or (None, None)
         ctx.options = backend, norm_eps, activation, None if residual is None else residual.shape
         ctx.save_for_backward(present, weight, norm_weight, norm_bias, gate, preact, mean, rstd, *inputs)
+        if not torch.compiler.is_compiling():
+            ctx.unsaved = (bias,)  # an activation's slope depends on it
         return out
 
     @staticmethod
@@ -144,9 +147,12 @@ def _check(
     dtype, device = weight.dtype, weight.device
     require_dtype("concat_linear", "weight", dtype)
     for i, t in enumerate((*inputs, bias, norm_weight, norm_bias, residual, gate)):
-        if t is not None and (t.dtype != dtype or t.device != device or t.dim() == 0):
+        if t is None:
+            continue
+        if not isinstance(t, Tensor) or t.dtype != dtype or t.device != device or t.dim() == 0:
             names = ("bias", "norm_weight", "norm_bias", "residual", "gate")
             name = f"inputs[{i}]" if i < len(inputs) else names[i - len(inputs)]
+            require_tensor("concat_linear", name, t, optional=True)
             if t.dim() == 0:
                 raise _wrong(name, "a scalar", "at least one dimension")
             raise _wrong(name, f"{t.dtype} on {t.device}", f"weight's {dtype} on {device}")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmfast.ops import reference
 from mmfast.ops._backend import autocast, choose, define, distinct, once_differentiable
-from mmfast.ops._checks import require_dtype, require_flags, wrong
+from mmfast.ops._checks import require_dtype, require_flags, require_tensor, wrong
 
 KINDS = ("softmax", "sigmoid")
 
@@ -56,6 +56,7 @@ def contrastive_loss(
     cast.
 
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: a shape, dtype, device or ``kind`` does not fit, or the forced backend cannot run.
         NotImplementedError: a ``group`` is given.
 
@@ -68,6 +69,9 @@ def contrastive_loss(
             f"contrastive_loss: group is of type {type(group).__name__}, wanted None: "
             "the loss over a process group is not there yet"
         )
+    for name, t in (("a", a), ("b", b), ("logit_scale", logit_scale)):
+        require_tensor("contrastive_loss", name, t)
+    require_tensor("contrastive_loss", "logit_bias", logit_bias, optional=True)
     a, b = autocast(a, b)
     _check(a, b, logit_scale, logit_bias, kind, present)
     backend = choose("contrastive_loss", a.device)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmfast.ops import reference
 from mmfast.ops._backend import autocast, choose, define, distinct, once_differentiable
-from mmfast.ops._checks import require_dtype, wrong
+from mmfast.ops._checks import require_dtype, require_tensor, wrong
 
 ACTIVATIONS = ("none", "relu")
 
@@ -45,25 +45,26 @@ def group_norm(
         cast.
 
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: a shape, dtype, device, ``num_groups`` or ``activation`` does not fit, or the forced
             backend cannot run.
 
     Copies are made of an ``input`` in any other layout, as contiguous; on the CPU of a ``residual`` or an
     arriving gradient that is not laid out as ``input`` is, and of everything in float16, as float32.
     """
+    require_tensor("group_norm", "input", input)
     input, weight, bias, residual = autocast(input, weight, bias, residual)
     _check(input, num_groups, weight, bias, activation, residual)
     backend = choose("group_norm", input.device)
     if backend == "reference":
-        return reference.group_norm(
+        out = reference.group_norm(
             input, num_groups, weight, bias, eps=eps, activation=activation, residual=residual
         )
+        return out.to(input.dtype)  # autocast would leave a norm's float32
     tensors = (input, weight, bias, residual)
     x = input if reference.channels_last(input) else input.contiguous()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        out: Tensor = _GroupNorm.apply(
-            backend, num_groups, eps, activation, *distinct(x, weight, bias, residual)
-        )
+        out = _GroupNorm.apply(backend, num_groups, eps, activation, *distinct(x, weight, bias, residual))
         return out
     out, _, _ = _FORWARD[backend](x, num_groups, weight, bias, eps, activation, residual)
     return out
@@ -116,6 +117,7 @@ def _check(
         ("bias", bias, (channels,)),
         ("residual", residual, input.shape),
     ):
+        require_tensor("group_norm", name, t, optional=True)
         if t is None:
             continue
         if t.dtype != dtype or t.device != device:

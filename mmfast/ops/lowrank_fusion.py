@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmfast.ops import reference
 from mmfast.ops._backend import autocast, choose, define, distinct, once_differentiable
-from mmfast.ops._checks import require_dtype, require_flags, require_tensors, wrong
+from mmfast.ops._checks import require_dtype, require_flags, require_tensor, require_tensors, wrong
 
 _wrong = functools.partial(wrong, "lowrank_fusion")
 
@@ -52,6 +52,8 @@ def lowrank_fusion(
     require_tensors("lowrank_fusion", "factors", factors)
     if len(factors) != len(inputs):
         raise _wrong("factors", f"{len(factors)} tensors", f"{len(inputs)}, one for each of the inputs")
+    require_tensor("lowrank_fusion", "rank_weight", rank_weight)
+    require_tensor("lowrank_fusion", "bias", bias, optional=True)
     n = len(inputs)
     rank_weight, bias, *both = autocast(rank_weight, bias, *inputs, *factors)
     inputs, factors = both[:n], both[n:]

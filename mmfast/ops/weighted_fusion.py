@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmfast.ops import reference
 from mmfast.ops._backend import autocast, choose, define, distinct, once_differentiable
-from mmfast.ops._checks import require_dtype, require_flags, require_tensors, wrong
+from mmfast.ops._checks import require_dtype, require_flags, require_tensor, require_tensors, wrong
 
 _wrong = functools.partial(wrong, "weighted_fusion")
 
@@ -40,11 +40,13 @@ def weighted_fusion(inputs: Sequence[Tensor], logits: Tensor, *, present: Tensor
     every row and summed afterwards.
     """
     require_tensors("weighted_fusion", "inputs", inputs)
+    require_tensor("weighted_fusion", "logits", logits)
     logits, *inputs = autocast(logits, *inputs)
     _check(inputs, logits, present)
     backend = choose("weighted_fusion", logits.device)
     if backend == "reference":
-        return reference.weighted_fusion(inputs, logits, present=present)
+        # autocast would leave a softmax's float32
+        return reference.weighted_fusion(inputs, logits, present=present).to(inputs[0].dtype)
     tensors = (*inputs, logits)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         out: Tensor = _WeightedFusion.apply(backend, present, *distinct(*tensors))

@@ -6,9 +6,21 @@ import os
 import pytest
 import torch
 from check import compiled, python
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import mmfast.ops._backend as _backend
-from mmfast.ops import available, backend, concat_linear, native_calls
+from mmfast.ops import (
+    available,
+    backend,
+    concat_linear,
+    contrastive_loss,
+    group_norm,
+    lowrank_fusion,
+    native_calls,
+    weighted_fusion,
+)
 
 X, W = [torch.ones(2, 3), torch.ones(2, 1)], torch.ones(4, 4)
 
@@ -77,3 +89,74 @@ from mmfast.ops import available, concat_linear
 print(available("concat_linear", "cpu")["cpu"], concat_linear([torch.ones(2, 3)], torch.ones(4, 3))[0].tolist())
 """
     assert python(code).strip() == "not built [3.0, 3.0, 3.0, 3.0]"
+
+
+@pytest.mark.parametrize("to", [0, 1, 2], ids=["input", "weight", "bias"])
+def test_a_penalty_on_a_gradient_is_refused_wherever_it_is_to_arrive(to):
+    given = [torch.randn(shape, requires_grad=True) for shape in ((2, 3), (4, 3), (4,))]
+    y = concat_linear(given[:1], given[1], given[2], activation="gelu").sum()
+    (slope,) = torch.autograd.grad(y, given[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(y + slope.square().sum(), given[to])
+
+
+def test_a_graph_of_the_backward_keeps_what_a_checkpoint_makes_anew():
+    x, w = torch.randn(2, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    y = checkpoint(lambda x: concat_linear([x], w, activation="silu"), x, use_reentrant=False)
+    got = torch.autograd.grad(y.sum(), (x, w), create_graph=True)
+    torch.testing.assert_close(got, torch.autograd.grad(F.silu(x @ w.T).sum(), (x, w)))
+
+
+def test_transforms_and_tangents_take_the_reference():
+    x, w = torch.randn(2, 3), torch.randn(4, 3)
+
+    def ours(x):
+        return concat_linear([x], w, activation="silu").sum()
+
+    def plain(x):
+        return F.silu(x @ w.T).sum()
+
+    for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd, torch.vmap):
+        torch.testing.assert_close(transform(ours)(x), transform(plain)(x))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        got, wanted = (forward_ad.unpack_dual(f(dual)).tangent for f in (ours, plain))
+        torch.testing.assert_close(got, wanted)
+        if available("concat_linear", "cpu")["cpu"] == "ready":
+            with backend("cpu"), pytest.raises(ValueError, match="or forward-mode AD"):
+                ours(dual)
+
+
+def test_meta_tensors_have_shapes():
+    out = concat_linear([torch.empty(4, 8, device="meta")], torch.empty(5, 8, device="meta"))
+    assert out.is_meta and out.shape == (4, 5)
+
+
+def test_the_reference_keeps_its_dtype_under_autocast():
+    x = torch.randn(2, 4, 3)
+    with backend("reference"), torch.autocast("cpu", torch.bfloat16):
+        for out in (
+            concat_linear([x], torch.ones(4, 3)),
+            weighted_fusion([x, x], torch.zeros(2)),
+            group_norm(x, 2, torch.ones(4), torch.zeros(4)),
+        ):
+            assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: concat_linear(X, None), "concat_linear: weight is a NoneType, wanted a tensor"),
+        (lambda: concat_linear(X, W, gate=0.5), "concat_linear: gate is a float, wanted a tensor or None"),
+        (lambda: concat_linear(X, W, [0.0] * 4), "concat_linear: bias is a list, wanted a tensor or None"),
+        (lambda: weighted_fusion(X, None), "weighted_fusion: logits is a NoneType, wanted a tensor"),
+        (lambda: contrastive_loss(X[0], None, W[0, :1]), "contrastive_loss: b is a NoneType"),
+        (lambda: contrastive_loss(X[0], X[0], 1.0), "contrastive_loss: logit_scale is a float"),
+        (lambda: group_norm(X[0], 1, 1.0), "group_norm: weight is a float, wanted a tensor or None"),
+        (lambda: lowrank_fusion(X, X, 1.0), "lowrank_fusion: rank_weight is a float, wanted a tensor"),
+    ],
+)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_is_no_tensor_is_named(call, says, autocast):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(TypeError, match=says):
+        call()

@@ -1,5 +1,6 @@
 """The layers on cross_attention: by their formulas, with anything in what is hidden, and in training jobs."""
 
+import copy
 import functools
 
 import pytest
@@ -215,7 +216,9 @@ def test_causal_sources_are_named():
 def test_a_multihead_attention_becomes_one(options):
     theirs = randomised(nn.MultiheadAttention(E, H, batch_first=True, dtype=torch.float64, **options)).eval()
     ours = CrossModalAttention.from_multihead(theirs, "image")
-    assert not ours.training
+    assert not ours.training and all(parameter.requires_grad for parameter in ours.parameters())
+    frozen = CrossModalAttention.from_multihead(copy.deepcopy(theirs).requires_grad_(False))
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
     memory = torch.randn(B, 9, options.get("kdim", E), dtype=torch.float64)
     x, _, _ = example()
     lengths = torch.tensor([9, 1, 4, 7])
@@ -279,6 +282,12 @@ def test_mistakes_are_named():
         layer(x, sources, lengths={"sond": torch.ones(B)})
     with pytest.raises(ValueError, match="sources has no image, sound"):
         PerceiverResampler(E, H, DIMS)({})
+    with pytest.raises(ValueError, match="lengths has 'latents', wanted one of image, sound"):
+        PerceiverResampler(E, H, DIMS)(sources, lengths={"latents": torch.ones(B)})
+    with pytest.raises(ValueError, match="source_dims is 'type', wanted a name without dots"):
+        CrossModalAttention(E, H, {"type": 3})
+    with pytest.raises(TypeError, match="sound in sources is a NoneType, wanted a tensor"):
+        layer(x, {**sources, "sound": None})
 
 
 WRONG = {

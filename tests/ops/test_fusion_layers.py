@@ -9,11 +9,14 @@ from torch import nn
 from mmfast.nn import (
     BottleneckFusion,
     ConcatLinear,
+    CrossModalAttention,
     GatedFusion,
     LowRankFusion,
     PairwiseFusion,
+    PerceiverResampler,
     WeightedFusion,
 )
+from mmfast.nn.masking import masked_mean
 
 SIZES = (5, 3, 4)
 VECTORS = {
@@ -54,6 +57,10 @@ def test_from_linear_gives_the_outputs_of_the_linear_layer():
         assert layer.state_dict().keys() == linear.state_dict().keys() and not layer.training
         assert layer.weight is not linear.weight and layer.weight.dtype == torch.float64
         close(layer(inputs), linear(torch.cat(inputs, -1)))
+    frozen = torch.nn.utils.parametrizations.weight_norm(nn.Linear(12, 7).double()).requires_grad_(False)
+    layer = ConcatLinear.from_linear(frozen, SIZES)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    close(layer(inputs), frozen(torch.cat(inputs, -1)))
     with pytest.raises(ValueError, match="in_features is 5 \\+ 3, wanted a sum of 12"):
         ConcatLinear.from_linear(linear, SIZES[:2])
 
@@ -217,8 +224,58 @@ def test_sequences_gradients_are_slopes(make):
             lambda: BottleneckFusion(8, 2, DIMS)(sequences(), present=torch.ones(2, 3)),
             r"BottleneckFusion: present is torch.float32 \[2, 3\], wanted bool",
         ),
+        (
+            lambda: BottleneckFusion(8, 2, DIMS).double()(sequences(), lengths={"text": torch.ones(2)}),
+            r"BottleneckFusion: text in lengths is torch.float32 \[2\], wanted integers \[4\]",
+        ),
+        (
+            lambda: PairwiseFusion(8, 2, DIMS).double()(sequences() | {"text": torch.zeros(4, 3)}),
+            r"PairwiseFusion: text in sources is \[4, 3\], wanted \[4, S, 3\]",
+        ),
+        (lambda: BottleneckFusion(8, 2, {"cam.left": 3}), "BottleneckFusion: source_dims is 'cam.left'"),
+        (lambda: WeightedFusion([2, 3], 4)([torch.zeros(1, 2)]), "inputs is 1 tensors, wanted 2"),
     ],
 )
 def test_a_wrong_description_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("make", [WeightedFusion, GatedFusion])
+def test_a_source_of_all_samples_is_absent_by_sample(make):
+    layer, a, b = make([8, 8], 6).double(), *torch.randn(2, 4, 4, 8, dtype=torch.float64)
+    present = torch.tensor([[1, 1], [1, 0], [0, 1], [0, 0]]).bool()
+    for shared in (b[0], b[:1], b[0, 0]):
+        close(layer([a, shared], present=present), layer([a, shared.expand(4, 4, 8)], present=present))
+    nobody = present & torch.tensor([True, False])
+    nan = torch.full((4, 8), torch.nan, dtype=torch.float64)
+    layer([a, nan], present=nobody).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+RESET = {
+    **VECTORS,
+    **SEQUENCES,
+    "attention": lambda: CrossModalAttention(8, 2, DIMS, source_bias=True, qk_norm=True),
+    "resampler": lambda: PerceiverResampler(8, 2, DIMS, num_latents=2, source_bias=True),
+}
+
+
+@pytest.mark.parametrize("make", RESET.values(), ids=RESET)
+def test_a_layer_that_began_without_memory_is_filled(make):
+    with torch.device("meta"):
+        layer = make()
+    layer.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(torch.nan)
+    for part in layer.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    assert [name for name, parameter in layer.named_parameters() if parameter.isnan().any()] == []
+
+
+def test_a_mean_over_many_steps_stays_in_the_range_of_float16():
+    steps = torch.full((2, 2000, 4), 100.0).half()
+    mean = masked_mean(steps, torch.tensor([2000, 1000]))
+    assert mean.dtype == torch.float16 and torch.equal(mean, torch.full((2, 4), 100.0).half())

@@ -330,13 +330,19 @@ def test_tars_of_others_become_a_dataset_and_stay_as_they_are(tmp_path):
         index.prepare_index(tmp_path)
 
 
-def test_tars_of_others_with_numbers_for_labels(tmp_path):
+def test_tars_of_others_with_numbers_for_labels(tmp_path, capsys):
     (tmp_path / "train").mkdir()
     with webdataset.ShardWriter(str(tmp_path / "train" / "%03d.tar"), verbose=0) as sink:
         for i in range(4):
             sink.write({"__key__": f"{i}", "txt": "x", "cls": 2 * i})
+        sink.write({"__key__": "more", "txt": "x", "webp": b"picture"})
+        sink.write({"__key__": "lost", "webp": b"picture"})
     made = Dataset.open(index.prepare_index(tmp_path))
-    assert made.classes == tuple("0123456") and made.splits["train"].labels.tolist() == [0, 2, 4, 6]
+    assert made.classes == tuple("0123456") and made.splits["train"].labels.tolist() == [0, 2, 4, 6, -1]
+    said = capsys.readouterr().err
+    assert "/train/000.tar: more.webp: file of an unknown kind; left out\n" in said
+    assert "in all: 2 x file of an unknown kind\nin all: 1 x sample of which nothing is left\n" in said
+    assert said.endswith(f"{tmp_path}: 5 train; 7 classes, 1 x no label\n")
     with pytest.raises(UserError, match="none of the folders train, validation, test is here"):
         index.prepare_index(tmp_path / "train")
 

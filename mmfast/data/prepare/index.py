@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mmfast.data.prepare.writer import SPLITS, train_tokenizer
+from mmfast.data.prepare.writer import SPLITS, Log, train_tokenizer
 from mmfast.data.shards import COMPONENTS, Dataset, ShardIndex, writing
 from mmfast.errors import UserError
 
@@ -47,10 +47,10 @@ def prepare_index(folder: Path | str, *, licence: str = "your own", force: bool 
     splits = [split for split in SPLITS if (folder / split).is_dir()]
     if not splits:
         raise UserError(f"{folder}: none of the folders {', '.join(SPLITS)} is here; one is wanted at least")
-    indices = {}
+    indices, log = {}, Log()
     for split in splits:
         print(f"{folder / split}: reading the headers", file=sys.stderr)
-        indices[split] = ShardIndex.build(folder / split)
+        indices[split] = ShardIndex.build(folder / split, tell=log)
     classes = _label(indices)
     for index in indices.values():
         index.save()
@@ -72,6 +72,10 @@ def prepare_index(folder: Path | str, *, licence: str = "your own", force: bool 
     with writing(folder / "dataset.json"):
         partial.write_text(json.dumps(described, ensure_ascii=False, indent=1) + "\n", "utf-8")
         partial.rename(folder / "dataset.json")  # last: without it the folder is no dataset
+    log.close()
+    said = ", ".join(f"{len(index)} {split}" for split, index in indices.items())
+    without = sum(int((index.labels < 0).sum()) for index in indices.values())
+    print(f"{folder}: {said}; {len(classes)} classes, {without} x no label", file=sys.stderr)
     return folder
 
 

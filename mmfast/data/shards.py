@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tarfile
+import unicodedata
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -245,7 +246,7 @@ class ShardIndex:
 
     @classmethod
     def open(cls, folder: Path | str) -> "ShardIndex":
-        """Open a split; raises UserError where a shard is missing or has another size than the index says."""
+        """Open a split; raises UserError where the tars are not those, by name and size, of its index."""
         folder = Path(folder)
         path = folder / "index.npz"
         if not path.is_file():
@@ -269,6 +270,9 @@ class ShardIndex:
             raise UserError(f"{folder}: an empty split: 0 samples, wanted 1 or more")
         for shard, wanted in enumerate(columns["shard_bytes"]):
             index._verify_size(shard, int(wanted))
+        named = {name.decode() for name in columns["shard_name"].tolist()}
+        if more := {path.name for path in folder.glob("*.tar")} - named:
+            raise UserError(f"{folder / min(more)}: came after the index was made, which does not name it")
         return index
 
     @classmethod
@@ -321,7 +325,8 @@ class ShardIndex:
                 "extension": np.array(codes, dtype=np.int8),
                 "shard_name": np.array([path.name.encode() for path in paths], dtype=bytes),
                 "shard_bytes": np.array([path.stat().st_size for path in paths], dtype=np.int64),
-                "content": np.array([b""], dtype="S64"),  # contents were not read
+                "shard_time": np.array([path.stat().st_mtime_ns for path in paths], dtype=np.int64),
+                "content": np.array([b""], dtype="S64"),  # contents were not read: the time stands for them
             },
         )
 
@@ -391,6 +396,13 @@ class ShardIndex:
                 )
             data += more
         return data
+
+    def verify_times(self) -> None:
+        """Raise UserError where a tar that others made was written to since it was indexed."""
+        for shard, wanted in enumerate(self.columns.get("shard_time", ())):
+            path = self.folder / self._shard_name(shard)
+            if path.stat().st_mtime_ns != wanted:
+                raise UserError(f"{path}: changed after it was indexed: its time is another")
 
     @property
     def fingerprint(self) -> str:
@@ -512,8 +524,12 @@ def sync(folder: Path) -> None:
 
 def _check_key(key: str) -> None:
     name = key.rpartition("/")[2]
-    if not name or "." in name or key.startswith("/") or ".." in key.split("/") or not key.isprintable():
-        raise UserError(f"key {key!r}: wanted a relative path whose last part is not empty and has no dot")
+    control = any(unicodedata.category(letter) in ("Cc", "Cs") for letter in key)
+    if not name or "." in name or key.startswith("/") or ".." in key.split("/") or control:
+        raise UserError(
+            f"key {key!r}: wanted a relative path whose last part is not empty and has no dot, "
+            "without control characters"
+        )
 
 
 def _samples(path: Path, tell: Tell) -> dict[str, dict[str, tuple[int, int]]]:

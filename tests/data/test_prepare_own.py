@@ -118,13 +118,51 @@ def test_folders_that_cannot_be_used_are_named(tmp_path):
         ({"a.b.jpg": b"1", "a_b.jpg": b"2"}, "give the same key 'a_b'"),
         ({"a.xyz": b"1"}, "no file that can be used"),
         ({"a.txt": b"\xff"}, "no samples at all"),
+        (
+            {"train/cat/a.jpg": b"1", "test/cat/a.jpg": b"2", "README.txt": b"read"},
+            r"4: 'README' is in none of the split folders test, train",
+        ),
+        ({"train/a.jpg": b"1", "train.txt": b"read"}, r"5: 'train' is in none of the split folders train"),
+        ({"train/a.jpg": b"1", "val/b.jpg": b"2", "c/d.jpg": b"3"}, r"6: 'c/d' is in none of the split"),
+        ({os.fsdecode(b"\xff.jpg"): b"1"}, r"^b'.*/7/\\xff\.jpg': a name that is not UTF-8"),
     ]
     for number, (files, message) in enumerate(cases):
         with pytest.raises(UserError, match=message):
-            folder.prepare_folder(place(tmp_path / str(number), files), tmp_path / "out", split="train")
+            chosen = None if "split" in message else "train"
+            folder.prepare_folder(place(tmp_path / str(number), files), tmp_path / "out", split=chosen)
     with pytest.raises(UserError, match="nowhere: no such folder"):
         folder.prepare_folder(tmp_path / "nowhere", tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == list("01234567")
+
+
+def test_a_class_may_have_the_name_of_a_split_and_a_file_a_macs(tmp_path):
+    files = {f"{name}/at 10.00\u202fAM.jpg": b"1" for name in ("bus", "car", "train")}
+    made = Dataset.open(folder.prepare_folder(place(tmp_path / "in", files), tmp_path / "out", split=None))
+    assert made.classes == ("bus", "car", "train")
+    assert set(samples(made)) == {f"{name}/at 10_00\u202fAM" for name in made.classes}
+
+
+def test_links_are_followed_and_those_that_lead_nowhere_are_named(tmp_path, capsys):
+    root = place(tmp_path / "in", {"cat/a.jpg": b"a"})
+    place(tmp_path / "elsewhere", {"b.jpg": b"b", "deep/c.jpg": b"c"})
+    (root / "dog").symlink_to(tmp_path / "elsewhere")
+    (root / "cat/b.jpg").symlink_to(tmp_path / "elsewhere/b.jpg")
+    (root / "cat/gone.jpg").symlink_to(tmp_path / "nothing.jpg")
+    (root / "cat/round").symlink_to(root)
+    os.mkfifo(root / "pipe.jpg")
+    made = Dataset.open(folder.prepare_folder(root, tmp_path / "out", split="train"))
+    assert samples(made).keys() == {"cat/a", "cat/b", "dog/b", "dog/deep/c"} and made.classes == (
+        "cat",
+        "dog",
+    )
+    said = capsys.readouterr().err
+    for line in (
+        "cat/gone.jpg: link to nothing",
+        "cat/round: a link to a folder that holds it",
+        "pipe.jpg: device or pipe",
+    ):
+        assert f"{root}/{line}; left out\n" in said
+    assert said.count("in all: 1 x ") == 3
 
 
 def test_changed_files_are_noticed(tmp_path):
@@ -231,8 +269,9 @@ def test_every_source_has_the_interface_of_the_command(tmp_path):
     args = parser.parse_args(["digits", "--out", str(tmp_path / "out3"), "--samples", "3,2,many"])
     with pytest.raises(UserError, match="--samples: got '3,2,many'"):
         prepare.SOURCES[args.source].prepare(args)
-    with pytest.raises(UserError, match=r"--fractions: got '1,1,1'"):
-        folder.parse_fractions("1,1,1")
+    for wrong in ("1,1,1", "nan,nan,nan", "1,nan,0", "inf,-inf,1", "1,0"):
+        with pytest.raises(UserError, match=rf"--fractions: got '{wrong}'"):
+            folder.parse_fractions(wrong)
     assert {name: parser.parse_args([name]).out.as_posix() for name in ("stamps", "digits")} == {
         "stamps": "data/stamps",
         "digits": "data/digits",
@@ -328,6 +367,33 @@ def test_tars_of_others_become_a_dataset_and_stay_as_they_are(tmp_path):
     os.truncate(tmp_path / "train" / "001.tar", 600)
     with pytest.raises(UserError, match=r"train/001\.tar: cut short.*--force indexes it again"):
         index.prepare_index(tmp_path)
+
+
+def test_tars_that_came_or_changed_after_the_index_are_noticed(tmp_path):
+    def write(name, text):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        with webdataset.TarWriter(str(path)) as sink:
+            sink.write({"__key__": "a", "txt": text})
+        return path
+
+    write("train/a.tar", "one")
+    before = Dataset.open(index.prepare_index(tmp_path)).splits["train"].fingerprint
+    index.prepare_index(tmp_path)
+    time = os.stat(write("train/a.tar", "two")).st_mtime_ns  # of the same size
+    os.utime(tmp_path / "train/a.tar", ns=(time, time + 1))
+    for name, message in [
+        ("train/a.tar", r"train/a\.tar: changed after it was indexed: its time is another"),
+        ("train/b.tar", r"train/b\.tar: came after the index was made, which does not name it"),
+        ("test/a.tar", "test: came after the index was made"),
+    ]:
+        if not (tmp_path / name).exists():
+            write(name, "more")
+        with pytest.raises(UserError, match=f"{message}; --force indexes it again"):
+            index.prepare_index(tmp_path)
+        made = Dataset.open(index.prepare_index(tmp_path, force=True))
+        assert made.splits["train"].fingerprint != before
+    assert len(made.splits["train"]) == 2 and len(made.splits["test"]) == 1
 
 
 def test_tars_of_others_with_numbers_for_labels(tmp_path, capsys):

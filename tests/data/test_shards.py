@@ -280,7 +280,7 @@ def test_the_index_holds_no_pickle(tmp_path):
         assert all(file[name].dtype != object for name in file.files)
 
 
-@pytest.mark.parametrize("key", ["", "a.b", "a/", "/a", "../a", "a\nb"])
+@pytest.mark.parametrize("key", ["", "a.b", "a/", "/a", "../a", "a\nb", "a\x85b"])
 def test_keys_that_others_would_read_differently_are_refused(tmp_path, key):
     with pytest.raises(UserError, match="key"), ShardWriter(tmp_path / "train") as writer:
         writer.write(key, {"txt": b""})

@@ -37,14 +37,18 @@ def prepare_index(folder: Path | str, *, licence: str = "your own", force: bool 
     number, or a name, from which the classes are made.
     """
     folder = Path(folder)
+    splits = [split for split in SPLITS if (folder / split).is_dir()]
     if (folder / "dataset.json").is_file() and not force:
         try:
-            Dataset.open(folder)
+            known = Dataset.open(folder).splits
+            for index in known.values():
+                index.verify_times()
+            if new := set(splits) - known.keys():
+                raise UserError(f"{folder / min(new)}: came after the index was made")
         except UserError as error:
             raise UserError(f"{error}; --force indexes it again") from None
         print(f"{folder}: already prepared", file=sys.stderr)
         return folder
-    splits = [split for split in SPLITS if (folder / split).is_dir()]
     if not splits:
         raise UserError(f"{folder}: none of the folders {', '.join(SPLITS)} is here; one is wanted at least")
     indices, log = {}, Log()

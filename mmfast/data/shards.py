@@ -473,6 +473,9 @@ class Dataset:
         try:
             about = json.loads(file.read_bytes())
             version, splits = about["version"], about["splits"]
+            for name, kind in (("splits", dict), ("classes", list), ("modalities", list)):
+                if not isinstance(about.get(name, kind()), kind):
+                    raise TypeError(f"{name}: got {about[name]!r}, wanted a {kind.__name__}")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}: not a dataset's description: {type(error).__name__}: {error}") from None
         if version != 1:

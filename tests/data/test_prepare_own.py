@@ -211,6 +211,15 @@ def test_rows_that_share_a_file_or_a_group_share_a_split(tmp_path):
     assert len({split for split, _, _ in by_file.values()}) >= 2
     by_who = samples(Dataset.open(table.prepare_csv(file, tmp_path / "two", group_column="who")))
     assert len({(int(key[4:]) % 2, split) for key, (split, _, _) in by_who.items()}) == 2
+    file.write_text(re.sub(r"w\d$", " ", text, flags=re.MULTILINE))  # groups that nobody named
+    assert samples(Dataset.open(table.prepare_csv(file, tmp_path / "three", group_column="who"))) == by_file
+
+
+def test_a_tables_columns_are_found_beside_spaces_and_those_not_used_are_named(tmp_path, capsys):
+    file = listed(tmp_path / "in", "image, label ,Text\ni/a.jpg,cat,a cat\n")
+    made = Dataset.open(table.prepare_csv(file, tmp_path / "out", split="train"))
+    assert samples(made) == {"line00000002": ("train", (b"A", None, None), 0)} and made.classes == ("cat",)
+    assert "all.csv: column 'Text' is not used\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -222,6 +231,7 @@ def test_rows_that_share_a_file_or_a_group_share_a_split(tmp_path):
         ("i/a.jpg,x", r"all\.csv:3: another number of cells"),
         ("i/a.jpg,x,,cat,more", r"all\.csv:3: another number of cells"),
         (",,,cat", r"all\.csv:3: no component at all"),
+        (f",{'long ' * 80}see a.txt,,cat", r"all\.csv:3: text 'long .* see a\.txt': no such file"),
         ('i/a.jpg,"x" y,,cat', r"all\.csv:3: "),
     ],
 )
@@ -241,6 +251,7 @@ def test_tables_that_cannot_be_used_are_named(tmp_path):
         ("picture,words\na,b\n", "got columns picture, words; wanted some of image, text, audio, label"),
         ("", "got columns none"),
         ("image\n", "no samples at all"),
+        ("image,label, label\ni/a.jpg,cat,dog\n", "all.csv: column 'label' is there twice"),
     ]:
         with pytest.raises(UserError, match=message):
             table.prepare_csv(listed(tmp_path / "in", data), tmp_path / "out")
@@ -394,6 +405,14 @@ def test_tars_that_came_or_changed_after_the_index_are_noticed(tmp_path):
         made = Dataset.open(index.prepare_index(tmp_path, force=True))
         assert made.splits["train"].fingerprint != before
     assert len(made.splits["train"]) == 2 and len(made.splits["test"]) == 1
+    root = place(tmp_path / "in", {"a.txt": "one"})
+    for described in (None, b"{", b"[]"):  # even with --force nothing replaces what others made
+        if described is not None:
+            (tmp_path / "dataset.json").write_bytes(described)
+        for force in (False, True):
+            with pytest.raises(UserError, match=r"dataset\.json does not say what it was made with"):
+                folder.prepare_folder(root, tmp_path, force=force)
+    assert (tmp_path / "train/b.tar").is_file()
 
 
 def test_tars_of_others_with_numbers_for_labels(tmp_path, capsys):

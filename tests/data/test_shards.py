@@ -256,7 +256,10 @@ def test_missing_or_broken_descriptions_are_named(tmp_path):
         Dataset.open(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"dataset\.json is missing"):
         Dataset.open(tmp_path)
-    for broken in (b"{", b"[]", b"\xff", b'{"version": 1}'):
+    wrong = [
+        b'{"version": 1, "splits": %s}' % value for value in (b'["train"]', b"null", b'{}, "classes": null')
+    ]
+    for broken in (b"{", b"[]", b"\xff", b'{"version": 1}', *wrong):
         (tmp_path / "dataset.json").write_bytes(broken)
         with pytest.raises(UserError, match=r"dataset\.json: not a dataset's description"):
             Dataset.open(tmp_path)

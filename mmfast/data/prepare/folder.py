@@ -90,7 +90,7 @@ def prepare_folder(
     }
     if is_finished(out, arguments, force):
         return out
-    split_folders = split is None and _has_split_folders(folder, samples)
+    split_folders = split is None and _has_split_folders(samples)
     placed = []  # name, split, class
     for name in samples:
         rest = name.split("/")
@@ -156,19 +156,20 @@ def _files(folder: Path, out: Path, log: Log, above: tuple[Path, ...] = ()) -> I
             log(kind, f"{path}: {kind}; left out")
 
 
-def _has_split_folders(folder: Path, names: Iterable[str]) -> bool:
+def _has_split_folders(samples: dict[str, dict[str, Path]]) -> bool:
     """Whether the first folders are splits; UserError where some are and some are not.
 
     One such name among others is a class: bus, car, train.
     """
-    first = {name: name.split("/")[0] if "/" in name else "" for name in names}
+    first = {name: name.split("/")[0] if "/" in name else "" for name in samples}
     folders = set(first.values()) - {""}
     splits = folders & FOLDERS.keys()
     if not splits or (len(splits) == 1 and folders != splits):
         return False
     for name, begin in first.items():
         if begin not in splits:
-            raise UserError(f"{folder}: {name!r} is in none of the split folders {', '.join(sorted(splits))}")
+            path = next(iter(samples[name].values()))
+            raise UserError(f"{path}: outside the split folders that are there ({', '.join(sorted(splits))})")
     return True
 
 

@@ -25,8 +25,8 @@ from mmfast.data.threads import work_alone
 Floats = NDArray[np.float32]
 MAX_PIXELS = 1 << 28  # a damaged header must not ask for all memory
 MAX_RATE = 768_000  # nor for a filter of gigabytes
-_BLOCK = 1 << 20
 MAX_SAMPLE = 1e6  # full scale is 1; the power of much more is no float32
+_BLOCK = 1 << 20  # samples decoded at a time
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 

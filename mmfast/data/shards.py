@@ -548,8 +548,9 @@ def _samples(path: Path, tell: Tell) -> dict[str, dict[str, tuple[int, int]]]:
                 member.name.encode()
                 if member.isdir() or not stem:
                     continue  # webdataset passes over hidden files too
-                if not member.isfile() or not dot:
-                    kind = _UNKNOWN if member.isfile() else "link or device"
+                plain = member.isfile() and not member.issparse()
+                if not plain or not dot:
+                    kind = _UNKNOWN if plain else "link, device or sparse file"
                     tell(kind, f"{path}: {member.name}: {kind}; left out")
                     continue
                 if member.offset_data + member.size > total:

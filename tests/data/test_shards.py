@@ -200,7 +200,7 @@ def test_what_a_foreign_tar_loses_is_told(tmp_path):
             "b.webp: file of an unknown kind; left out",
             "b: nothing is left of it",
             "c.json: label that is neither a whole number nor a name; left without label",
-            "d.jpg: link or device; left out",
+            "d.jpg: link, device or sparse file; left out",
         )
     ]
 

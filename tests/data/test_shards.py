@@ -205,6 +205,24 @@ def test_what_a_foreign_tar_loses_is_told(tmp_path):
     ]
 
 
+def test_a_sparse_file_in_a_foreign_tar_is_told(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in [("a.txt", b"text"), ("b.txt", b"1\n0\n4\n".ljust(512, b"\0") + b"text")]:
+            info = tarfile.TarInfo(name)
+            if name == "b.txt":
+                info.pax_headers = {
+                    "GNU.sparse.major": "1",
+                    "GNU.sparse.minor": "0",
+                    "GNU.sparse.realsize": "4",
+                }
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    told = []
+    assert ShardIndex.build(tmp_path, tell=lambda *what: told.append(what)).keys == ["a"]
+    kind = "link, device or sparse file"
+    assert told == [(kind, f"{tmp_path}/a.tar: b.txt: {kind}; left out")]
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [

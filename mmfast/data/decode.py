@@ -24,6 +24,9 @@ from mmfast.data.threads import work_alone
 
 Floats = NDArray[np.float32]
 MAX_PIXELS = 1 << 28  # a damaged header must not ask for all memory
+MAX_RATE = 768_000  # nor for a filter of gigabytes
+MAX_SAMPLE = 1e6  # full scale is 1; the power of much more is no float32
+_BLOCK = 1 << 20  # samples decoded at a time
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
@@ -117,13 +120,21 @@ def _check_png(data: bytes) -> tuple[int, int]:
 
 
 def _turned(exif: bytes) -> bool:
-    """Whether the orientation tag swaps height and width."""
-    tags = PilImage.Exif()
+    """Whether the orientation tag swaps height and width.
+
+    Read as the decoders read it: 16 bits where the value stands, whatever type and count the tag claims.
+    """
+    order = ">" if exif[6:8] == b"MM" else "<"
     try:
-        tags.load(exif)
-        return tags.get(0x0112) in (5, 6, 7, 8)
-    except (SyntaxError, ValueError, struct.error, TypeError):
-        return False  # decoders ignore a broken tag too
+        (start,) = struct.unpack_from(order + "I", exif, 10)
+        (count,) = struct.unpack_from(order + "H", exif, 6 + start)
+        for entry in range(8 + start, 8 + start + 12 * count, 12):
+            tag, value = struct.unpack_from(order + "H6xH", exif, entry)
+            if tag == 0x0112:
+                return 5 <= value <= 8
+    except struct.error:
+        pass  # decoders ignore a broken tag too
+    return False
 
 
 def check_audio(data: bytes) -> None:
@@ -147,7 +158,13 @@ def check_audio(data: bytes) -> None:
                 return
             position += 8 + length + length % 2
         raise UndecodableError("WAV cut short: no samples")
-    elif data[:4] != b"fLaC":  # a decoder itself misses the samples that a cut flac lacks
+    elif data[:4] == b"fLaC":  # a decoder itself misses the samples that a cut flac lacks
+        samples = int.from_bytes(data[21:26], "big") & 0xFFFFFFFFF
+        if not samples:
+            raise UndecodableError("FLAC that does not say how long it is")
+        if samples > len(data) * 6554:  # a frame has 10 bytes or more for at most 65535 samples
+            raise UndecodableError(f"FLAC cut short: {len(data)} bytes for {samples} samples")
+    else:
         raise UndecodableError("neither WAV, FLAC nor Ogg")
 
 
@@ -199,6 +216,8 @@ class TorchImages:
     def _decode(self, file: ImageFile) -> Tensor:
         top, left, height, width = file.box
         whole = decode_pixels(file.data)  # uint8 [3, H, W]
+        if whole.shape[1] < top + height or whole.shape[2] < left + width:
+            raise UndecodableError(f"{whole.shape[2]} x {whole.shape[1]} pixels, other than its header says")
         part = whole[None, :, top : top + height, left : left + width]
         small = torch.nn.functional.interpolate(
             part, (self._size, self._size), mode="bilinear", antialias=True, align_corners=False
@@ -248,11 +267,15 @@ def _taps(down: int, up: int) -> tuple[Floats, int]:
 
 
 def trim(wave: Floats, rate: int, modality: Audio) -> Floats:
-    """A decoded mono wave [n] at the modality's rate and length; ``UndecodableError`` where n is 0."""
+    """A decoded mono wave [n] at the modality's rate and length; ``UndecodableError`` where it has none."""
     if not len(wave):
         raise UndecodableError("no samples")
+    if not 0 < rate <= MAX_RATE:
+        raise UndecodableError(f"{rate} Hz, wanted 1 to {MAX_RATE}")
     beyond = modality.sample_rate // 20  # more than the filter reaches: the cut leaves no trace
     kept = math.ceil((modality.max_samples + beyond) * rate / modality.sample_rate)
+    if not (np.abs(wave[:kept]) <= MAX_SAMPLE).all():
+        raise UndecodableError(f"samples that are no numbers, or beyond {MAX_SAMPLE:.0e}")
     wave = resample(wave[:kept], rate, modality.sample_rate)[: modality.max_samples]
     least = modality.n_fft // 2 + 1  # what the reflection at the ends needs
     return np.pad(wave, (0, max(0, least - len(wave))))
@@ -295,15 +318,19 @@ def decode_wave(data: bytes) -> tuple[Floats, int]:
     """Samples mixed to mono, float32 [n], and their rate."""
     import soundfile
 
+    blocks = []
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             rate, wanted = file.samplerate, file.frames
-            samples = file.read(dtype="float32", always_2d=True)  # [n, channels]
+            # in blocks: a header may promise any number of samples, or, in a FLAC that was streamed, none
+            while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):  # [n, channels]
+                blocks.append(block.mean(axis=1))
     except RuntimeError as error:
         raise UndecodableError(f"does not decode: {error}") from error
+    samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
     if len(samples) < wanted:
         raise UndecodableError(f"does not decode: {len(samples)} of {wanted} samples")
-    return samples.mean(axis=1), rate
+    return samples, rate
 
 
 def decode_rows(

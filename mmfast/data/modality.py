@@ -1,9 +1,10 @@
 """What a modality is: a frozen description of how bytes become a tensor. The YAML holds exactly these."""
 
+import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmfast.errors import UserError
 
@@ -35,9 +36,9 @@ class Modality:
 
 def _positive(modality: Modality, *names: str) -> None:
     for name in names:
-        if getattr(modality, name) <= 0:
+        if not 0 < getattr(modality, name) < math.inf:  # nan too
             raise UserError(
-                f"{type(modality).__name__}.{name}: got {getattr(modality, name)}, wanted more than 0"
+                f"{type(modality).__name__}.{name}: got {getattr(modality, name)}, wanted more than 0, finite"
             )
 
 
@@ -63,8 +64,10 @@ class Image(Modality):
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise UserError(f"Image.crop_scale: got {self.crop_scale}, wanted 0 < low <= high <= 1")
-        if min(self.std) <= 0:
+        if not all(0 < value < math.inf for value in self.std):
             raise UserError(f"Image.std: got {self.std}, wanted three numbers above 0")
+        if not all(map(math.isfinite, self.mean)):
+            raise UserError(f"Image.mean: got {self.mean}, wanted three numbers")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -172,6 +175,14 @@ class DataConfig:
             raise UserError(
                 f"data.modalities: {sorted(taken)[0]!r} is a key of every batch; wanted another name"
             )
+        for name in self.modalities:
+            if not name.isidentifier() or hasattr(nn.ModuleDict(), name):  # a model keeps its encoders in one
+                raise UserError(
+                    f"data.modalities: got the name {name!r}, wanted a Python identifier that torch's "
+                    "ModuleDict does not use itself"
+                )
+        if not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"data.seed: got {self.seed}, wanted a number of 64 bits")
         for name, wanted in (("decoder", ("auto", "dali", "torch")), ("device", ("auto", "cpu", "gpu"))):
             if getattr(self, name) not in wanted:
                 raise UserError(

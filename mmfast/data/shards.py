@@ -13,8 +13,9 @@ import json
 import os
 import shutil
 import tarfile
+import unicodedata
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,11 @@ COMPONENTS = {"image": ("jpg", "jpeg", "png"), "text": ("txt",), "audio": ("ogg"
 _COLUMNS = {**COMPONENTS, "json": ("json",)}  # what the index locates: the components and each sample's notes
 _COMPONENT_OF = {extension: name for name, extensions in _COLUMNS.items() for extension in extensions}
 _KEPT_OPEN = 256  # file descriptors per index; the usual limit of a process is 1024
+_MOST_CLASSES = 1_000_000  # each number up to the largest label gets a name
+
+_UNKNOWN = "file of an unknown kind"
+
+Tell = Callable[[str, str], object]  # a kind of thing left out, and the line that names one
 
 Int64 = npt.NDArray[np.int64]
 
@@ -240,7 +246,7 @@ class ShardIndex:
 
     @classmethod
     def open(cls, folder: Path | str) -> "ShardIndex":
-        """Open a split; raises UserError where a shard is missing or has another size than the index says."""
+        """Open a split; raises UserError where the tars are not those, by name and size, of its index."""
         folder = Path(folder)
         path = folder / "index.npz"
         if not path.is_file():
@@ -264,14 +270,20 @@ class ShardIndex:
             raise UserError(f"{folder}: an empty split: 0 samples, wanted 1 or more")
         for shard, wanted in enumerate(columns["shard_bytes"]):
             index._verify_size(shard, int(wanted))
+        named = {name.decode() for name in columns["shard_name"].tolist()}
+        if more := {path.name for path in folder.glob("*.tar")} - named:
+            raise UserError(f"{folder / min(more)}: came after the index was made, which does not name it")
         return index
 
     @classmethod
-    def build(cls, folder: Path | str, classes: Sequence[str] = ()) -> "ShardIndex":
+    def build(
+        cls, folder: Path | str, classes: Sequence[str] = (), tell: Tell = lambda kind, line: None
+    ) -> "ShardIndex":
         """Index tars that others made, by webdataset's rules; ``save()`` keeps the result.
 
         A sample is a run of files with the same folder and the same name up to the first dot. Its label is
         the number in ``.cls``, or ``"label"`` in ``.json``: a number, or the name of one of ``classes``.
+        What is left out is given to ``tell``.
         """
         folder = Path(folder)
         paths = sorted(folder.glob("*.tar"))
@@ -279,19 +291,23 @@ class ShardIndex:
             raise UserError(f"{folder}: an empty split: no *.tar here")
         keys, rows, seen = [], [], set()
         for shard, path in enumerate(paths):
-            for key, members in _samples(path):
+            for key, members in _samples(path, tell).items():
                 seen |= set(members)
                 parts = [
                     next((e for e in extensions if e in members), None) for extensions in _COLUMNS.values()
                 ]
+                for extension in sorted(members.keys() - {*parts, "cls"}):
+                    kind = "second file of a component" if extension in _COMPONENT_OF else _UNKNOWN
+                    tell(kind, f"{path}: {key}.{extension}: {kind}; left out")
                 if not any(parts[: len(COMPONENTS)]):
+                    tell("sample of which nothing is left", f"{path}: {key}: nothing is left of it")
                     continue
                 place = [members[e] if e else (-1, -1) for e in parts]
                 code = [
                     known.index(e) if e else -1 for e, known in zip(parts, _COLUMNS.values(), strict=True)
                 ]
                 keys.append(key.encode())
-                rows.append((_label(path, key, members, classes), shard, place, code))
+                rows.append((_label(path, key, members, classes, tell), shard, place, code))
         if not rows:
             raise UserError(
                 f"{folder}: no sample has a known component; extensions seen: {', '.join(sorted(seen))}"
@@ -309,7 +325,8 @@ class ShardIndex:
                 "extension": np.array(codes, dtype=np.int8),
                 "shard_name": np.array([path.name.encode() for path in paths], dtype=bytes),
                 "shard_bytes": np.array([path.stat().st_size for path in paths], dtype=np.int64),
-                "content": np.array([b""], dtype="S64"),  # contents were not read
+                "shard_time": np.array([path.stat().st_mtime_ns for path in paths], dtype=np.int64),
+                "content": np.array([b""], dtype="S64"),  # contents were not read: the time stands for them
             },
         )
 
@@ -380,6 +397,13 @@ class ShardIndex:
             data += more
         return data
 
+    def verify_times(self) -> None:
+        """Raise UserError where a tar that others made was written to since it was indexed."""
+        for shard, wanted in enumerate(self.columns.get("shard_time", ())):
+            path = self.folder / self._shard_name(shard)
+            if path.stat().st_mtime_ns != wanted:
+                raise UserError(f"{path}: changed after it was indexed: its time is another")
+
     @property
     def fingerprint(self) -> str:
         """sha256 of the index; where we wrote the shards, it covers every byte of every sample."""
@@ -449,6 +473,9 @@ class Dataset:
         try:
             about = json.loads(file.read_bytes())
             version, splits = about["version"], about["splits"]
+            for name, kind in (("splits", dict), ("classes", list), ("modalities", list)):
+                if not isinstance(about.get(name, kind()), kind):
+                    raise TypeError(f"{name}: got {about[name]!r}, wanted a {kind.__name__}")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}: not a dataset's description: {type(error).__name__}: {error}") from None
         if version != 1:
@@ -500,42 +527,61 @@ def sync(folder: Path) -> None:
 
 def _check_key(key: str) -> None:
     name = key.rpartition("/")[2]
-    if not name or "." in name or key.startswith("/") or ".." in key.split("/") or not key.isprintable():
-        raise UserError(f"key {key!r}: wanted a relative path whose last part is not empty and has no dot")
+    control = any(unicodedata.category(letter) in ("Cc", "Cs") for letter in key)
+    if not name or "." in name or key.startswith("/") or ".." in key.split("/") or control:
+        raise UserError(
+            f"key {key!r}: wanted a relative path whose last part is not empty and has no dot, "
+            "without control characters"
+        )
 
 
-def _samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """The runs of members that share a key: (key, {extension: (offset, size)})."""
+def _samples(path: Path, tell: Tell) -> dict[str, dict[str, tuple[int, int]]]:
+    """The runs of members that share a key: key -> extension -> (offset, size)."""
     total = path.stat().st_size
-    current: str | None = None
-    members: dict[str, tuple[int, int]] = {}
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    last = None
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 folder, slash, name = member.name.rpartition("/")
                 stem, dot, extension = name.partition(".")
-                if not member.isfile() or not stem or not dot:
-                    continue  # webdataset passes over them too
+                member.name.encode()
+                if member.isdir() or not stem:
+                    continue  # webdataset passes over hidden files too
+                plain = member.isfile() and not member.issparse()
+                if not plain or not dot:
+                    kind = _UNKNOWN if plain else "link, device or sparse file"
+                    tell(kind, f"{path}: {member.name}: {kind}; left out")
+                    continue
                 if member.offset_data + member.size > total:
                     raise UserError(
                         f"{path}: cut short at offset {member.offset_data}: got "
                         f"{total - member.offset_data} bytes of {member.name}, wanted {member.size}"
                     )
                 key, extension = folder + slash + stem, extension.lower()
-                if key != current:
-                    if members and current is not None:
-                        yield current, members
-                    current, members = key, {}
+                if key != last and key in samples:
+                    raise UserError(f"{path}: {member.name} stands apart from the other files of its sample")
+                last, members = key, samples.setdefault(key, {})
                 if extension in members:
                     raise UserError(f"{path}: {member.name} is there twice in one sample")
                 members[extension] = (member.offset_data, member.size)
-            if members and current is not None:
-                yield current, members
+            file.seek(tar.offset)  # tarfile takes a header that it cannot read for the end
+            end = file.read(1 << 20)
+            if len(end) < tarfile.BLOCKSIZE or any(end):
+                raise UserError(
+                    f"{path}: cut short or damaged at offset {tar.offset}: wanted a file's header, or zeros "
+                    "to the end"
+                )
     except tarfile.TarError as error:
         raise UserError(f"{path}: not a whole, uncompressed tar ({total} bytes): {error}") from None
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path}: {error.object!r}: a name that is not UTF-8") from None
+    return samples
 
 
-def _label(path: Path, key: str, members: dict[str, tuple[int, int]], classes: Sequence[str]) -> int:
+def _label(
+    path: Path, key: str, members: dict[str, tuple[int, int]], classes: Sequence[str], tell: Tell
+) -> int:
     for extension in ("cls", "json"):
         if extension not in members:
             continue
@@ -548,8 +594,16 @@ def _label(path: Path, key: str, members: dict[str, tuple[int, int]], classes: S
             label = notes.get("label") if isinstance(notes, dict) else notes
         except ValueError as error:
             raise UserError(f"{path}: {key}.{extension}: not readable: {error}") from None
-        if isinstance(label, int):
-            return label
+        if isinstance(label, int) or (isinstance(label, float) and label.is_integer()):
+            if not -1 <= label < _MOST_CLASSES:
+                raise UserError(
+                    f"{path}: {key}.{extension}: label {label}, "
+                    f"wanted 0 to {_MOST_CLASSES - 1}, or -1 for none"
+                )
+            return int(label)
         if isinstance(label, str) and label in classes:
             return list(classes).index(label)
+        if label is not None and not (isinstance(label, str) and extension == "json"):
+            kind = "label that is neither a whole number nor a name"
+            tell(kind, f"{path}: {key}.{extension}: {kind}; left without label")
     return -1

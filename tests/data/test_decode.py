@@ -1,7 +1,9 @@
 """What is checked before decoding, and that both decoders mean the same."""
 
 import io
+import itertools
 import math
+import struct
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from mmfast.data.decode import (
     check_text,
     decode_pixels,
     decode_rows,
+    decode_wave,
     resample,
     sample_audio,
     sample_image,
@@ -156,6 +159,26 @@ def test_a_box_is_cut_out_of_the_upright_image(decoder, kind, orientation):
     assert torch.equal(values[1], values[0].flip(-1))
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_an_orientation_is_read_as_the_decoders_read_it_whatever_type_it_claims(kind, order):
+    plain = PilImage.open(io.BytesIO(picture(3, "png", (50, 36))))
+    dali = make("dali", Image(size=8))
+    for type, count, value in itertools.product((1, 2, 3, 4, 5, 9), (0, 1, 2), (1, 6, 6 << 16)):
+        exif = b"II*\0" if order == "<" else b"MM\0*"
+        exif += struct.pack(f"{order}IHHHIII", 8, 1, 0x0112, type, count, value, 0)
+        data = encode(plain, kind, exif=b"Exif\0\0" + exif)
+        height, width = check_image(data)
+        assert decode_pixels(data).shape == (3, height, width)
+        dali([ImageFile(data, (0, 0, height, width), False)])
+
+
+@pytest.mark.parametrize("decoder", ["dali", "torch"])
+def test_an_image_of_another_size_than_it_says_is_refused(decoder):
+    with pytest.raises(UndecodableError):
+        make(decoder, Image(size=8))([ImageFile(picture(1, "jpg", (30, 20)), (0, 10, 20, 21), False)])
+
+
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1"])
 def test_every_kind_of_png_becomes_rgb(mode):
     data = encode(
@@ -265,6 +288,54 @@ def test_a_sound_without_samples_is_refused(decoder):
     with pytest.raises(UndecodableError, match="no samples"):
         decode([AudioFile(sound(0, seconds=0.0)), AudioFile(sound(1))])
     decode([sample_audio()])
+
+
+def wav(samples, rate=16000):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.array(samples), 16000, format="WAV", subtype="FLOAT")
+    data = buffer.getvalue()
+    return data.replace(struct.pack("<I", 16000), struct.pack("<I", rate), 1)
+
+
+def flac(samples):
+    """One of 3200 samples whose header says another number."""
+    data = bytearray(sound(1, "flac", seconds=0.2))
+    data[21:26] = (int.from_bytes(data[21:26], "big") >> 36 << 36 | samples).to_bytes(5, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("decoder", ["dali", "torch"])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (wav([0.1, math.nan] * 400), "samples that are no numbers, or beyond 1e"),
+        (wav([0.1, -math.inf] * 400), "samples that are no numbers, or beyond 1e"),
+        (wav([0.1, 1e25] * 400), "samples that are no numbers, or beyond 1e"),
+        (wav([0.1] * 800, 2**31 - 1), "Hz, wanted 1 to 768000"),
+        (wav([0.1] * 800, 100_000_001), "Hz, wanted 1 to 768000"),
+        (flac(0), "FLAC that does not say how long it is"),
+        (flac(2**36 - 1), r"FLAC cut short: \d+ bytes for 68719476735 samples"),
+        (flac(4000), "does not decode"),
+    ],
+    ids=["nan", "inf", "1e25", "2 GHz", "100 MHz", "flac streamed", "flac without end", "flac too short"],
+)
+def test_sounds_whose_numbers_cannot_be_are_refused(decoder, data, message):
+    with pytest.raises(UndecodableError, match=message):
+        check_audio(data)
+        make(decoder, AUDIO)([AudioFile(data)])
+
+
+def test_a_flac_that_promises_too_much_does_not_ask_for_its_memory():
+    with pytest.raises(UndecodableError, match="does not decode"):  # not even unchecked
+        make("torch", AUDIO)([AudioFile(flac(2**36 - 1))])
+
+
+@pytest.mark.parametrize("kind", ["ogg", "opus"])
+def test_a_sound_is_the_same_read_in_blocks(kind, monkeypatch):
+    data = sound(3, kind, rate=48000, seconds=0.5)
+    whole, _ = decode_wave(data)
+    monkeypatch.setattr("mmfast.data.decode._BLOCK", 1000)
+    assert np.array_equal(decode_wave(data)[0], whole)
 
 
 @pytest.mark.parametrize("decoder", ["dali", "torch"])

@@ -118,13 +118,51 @@ def test_folders_that_cannot_be_used_are_named(tmp_path):
         ({"a.b.jpg": b"1", "a_b.jpg": b"2"}, "give the same key 'a_b'"),
         ({"a.xyz": b"1"}, "no file that can be used"),
         ({"a.txt": b"\xff"}, "no samples at all"),
+        (
+            {"train/cat/a.jpg": b"1", "test/cat/a.jpg": b"2", "README.txt": b"read"},
+            r"4/README\.txt: outside the split folders that are there \(test, train\)",
+        ),
+        ({"train/a.jpg": b"1", "train.txt": b"read"}, r"5/train\.txt: outside the split folders"),
+        ({"train/a.jpg": b"1", "val/b.jpg": b"2", "c/d.jpg": b"3"}, r"6/c/d\.jpg: outside the split folders"),
+        ({os.fsdecode(b"\xff.jpg"): b"1"}, r"^b'.*/7/\\xff\.jpg': a name that is not UTF-8"),
     ]
     for number, (files, message) in enumerate(cases):
         with pytest.raises(UserError, match=message):
-            folder.prepare_folder(place(tmp_path / str(number), files), tmp_path / "out", split="train")
+            chosen = None if "split" in message else "train"
+            folder.prepare_folder(place(tmp_path / str(number), files), tmp_path / "out", split=chosen)
     with pytest.raises(UserError, match="nowhere: no such folder"):
         folder.prepare_folder(tmp_path / "nowhere", tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == list("01234567")
+
+
+def test_a_class_may_have_the_name_of_a_split_and_a_file_a_macs(tmp_path):
+    files = {f"{name}/at 10.00\u202fAM.jpg": b"1" for name in ("bus", "car", "train")}
+    made = Dataset.open(folder.prepare_folder(place(tmp_path / "in", files), tmp_path / "out", split=None))
+    assert made.classes == ("bus", "car", "train")
+    assert set(samples(made)) == {f"{name}/at 10_00\u202fAM" for name in made.classes}
+
+
+def test_links_are_followed_and_those_that_lead_nowhere_are_named(tmp_path, capsys):
+    root = place(tmp_path / "in", {"cat/a.jpg": b"a"})
+    place(tmp_path / "elsewhere", {"b.jpg": b"b", "deep/c.jpg": b"c"})
+    (root / "dog").symlink_to(tmp_path / "elsewhere")
+    (root / "cat/b.jpg").symlink_to(tmp_path / "elsewhere/b.jpg")
+    (root / "cat/gone.jpg").symlink_to(tmp_path / "nothing.jpg")
+    (root / "cat/round").symlink_to(root)
+    os.mkfifo(root / "pipe.jpg")
+    made = Dataset.open(folder.prepare_folder(root, tmp_path / "out", split="train"))
+    assert samples(made).keys() == {"cat/a", "cat/b", "dog/b", "dog/deep/c"} and made.classes == (
+        "cat",
+        "dog",
+    )
+    said = capsys.readouterr().err
+    for line in (
+        "cat/gone.jpg: link to nothing",
+        "cat/round: a link to a folder that holds it",
+        "pipe.jpg: device or pipe",
+    ):
+        assert f"{root}/{line}; left out\n" in said
+    assert said.count("in all: 1 x ") == 3
 
 
 def test_changed_files_are_noticed(tmp_path):
@@ -173,6 +211,15 @@ def test_rows_that_share_a_file_or_a_group_share_a_split(tmp_path):
     assert len({split for split, _, _ in by_file.values()}) >= 2
     by_who = samples(Dataset.open(table.prepare_csv(file, tmp_path / "two", group_column="who")))
     assert len({(int(key[4:]) % 2, split) for key, (split, _, _) in by_who.items()}) == 2
+    file.write_text(re.sub(r"w\d$", " ", text, flags=re.MULTILINE))  # groups that nobody named
+    assert samples(Dataset.open(table.prepare_csv(file, tmp_path / "three", group_column="who"))) == by_file
+
+
+def test_a_tables_columns_are_found_beside_spaces_and_those_not_used_are_named(tmp_path, capsys):
+    file = listed(tmp_path / "in", "image, label ,Text\ni/a.jpg,cat,a cat\n")
+    made = Dataset.open(table.prepare_csv(file, tmp_path / "out", split="train"))
+    assert samples(made) == {"line00000002": ("train", (b"A", None, None), 0)} and made.classes == ("cat",)
+    assert "all.csv: column 'Text' is not used\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -184,6 +231,7 @@ def test_rows_that_share_a_file_or_a_group_share_a_split(tmp_path):
         ("i/a.jpg,x", r"all\.csv:3: another number of cells"),
         ("i/a.jpg,x,,cat,more", r"all\.csv:3: another number of cells"),
         (",,,cat", r"all\.csv:3: no component at all"),
+        (f",{'long ' * 80}see a.txt,,cat", r"all\.csv:3: text 'long .* see a\.txt': no such file"),
         ('i/a.jpg,"x" y,,cat', r"all\.csv:3: "),
     ],
 )
@@ -203,6 +251,7 @@ def test_tables_that_cannot_be_used_are_named(tmp_path):
         ("picture,words\na,b\n", "got columns picture, words; wanted some of image, text, audio, label"),
         ("", "got columns none"),
         ("image\n", "no samples at all"),
+        ("image,label, label\ni/a.jpg,cat,dog\n", "all.csv: column 'label' is there twice"),
     ]:
         with pytest.raises(UserError, match=message):
             table.prepare_csv(listed(tmp_path / "in", data), tmp_path / "out")
@@ -231,8 +280,9 @@ def test_every_source_has_the_interface_of_the_command(tmp_path):
     args = parser.parse_args(["digits", "--out", str(tmp_path / "out3"), "--samples", "3,2,many"])
     with pytest.raises(UserError, match="--samples: got '3,2,many'"):
         prepare.SOURCES[args.source].prepare(args)
-    with pytest.raises(UserError, match=r"--fractions: got '1,1,1'"):
-        folder.parse_fractions("1,1,1")
+    for wrong in ("1,1,1", "nan,nan,nan", "1,nan,0", "inf,-inf,1", "1,0"):
+        with pytest.raises(UserError, match=rf"--fractions: got '{wrong}'"):
+            folder.parse_fractions(wrong)
     assert {name: parser.parse_args([name]).out.as_posix() for name in ("stamps", "digits")} == {
         "stamps": "data/stamps",
         "digits": "data/digits",
@@ -330,13 +380,54 @@ def test_tars_of_others_become_a_dataset_and_stay_as_they_are(tmp_path):
         index.prepare_index(tmp_path)
 
 
-def test_tars_of_others_with_numbers_for_labels(tmp_path):
+def test_tars_that_came_or_changed_after_the_index_are_noticed(tmp_path):
+    def write(name, text):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        with webdataset.TarWriter(str(path)) as sink:
+            sink.write({"__key__": "a", "txt": text})
+        return path
+
+    write("train/a.tar", "one")
+    before = Dataset.open(index.prepare_index(tmp_path)).splits["train"].fingerprint
+    index.prepare_index(tmp_path)
+    time = os.stat(write("train/a.tar", "two")).st_mtime_ns  # of the same size
+    os.utime(tmp_path / "train/a.tar", ns=(time, time + 1))
+    for name, message in [
+        ("train/a.tar", r"train/a\.tar: changed after it was indexed: its time is another"),
+        ("train/b.tar", r"train/b\.tar: came after the index was made, which does not name it"),
+        ("test/a.tar", "test: came after the index was made"),
+    ]:
+        if not (tmp_path / name).exists():
+            write(name, "more")
+        with pytest.raises(UserError, match=f"{message}; --force indexes it again"):
+            index.prepare_index(tmp_path)
+        made = Dataset.open(index.prepare_index(tmp_path, force=True))
+        assert made.splits["train"].fingerprint != before
+    assert len(made.splits["train"]) == 2 and len(made.splits["test"]) == 1
+    root = place(tmp_path / "in", {"a.txt": "one"})
+    for described in (None, b"{", b"[]"):  # even with --force nothing replaces what others made
+        if described is not None:
+            (tmp_path / "dataset.json").write_bytes(described)
+        for force in (False, True):
+            with pytest.raises(UserError, match=r"dataset\.json does not say what it was made with"):
+                folder.prepare_folder(root, tmp_path, force=force)
+    assert (tmp_path / "train/b.tar").is_file()
+
+
+def test_tars_of_others_with_numbers_for_labels(tmp_path, capsys):
     (tmp_path / "train").mkdir()
     with webdataset.ShardWriter(str(tmp_path / "train" / "%03d.tar"), verbose=0) as sink:
         for i in range(4):
             sink.write({"__key__": f"{i}", "txt": "x", "cls": 2 * i})
+        sink.write({"__key__": "more", "txt": "x", "webp": b"picture"})
+        sink.write({"__key__": "lost", "webp": b"picture"})
     made = Dataset.open(index.prepare_index(tmp_path))
-    assert made.classes == tuple("0123456") and made.splits["train"].labels.tolist() == [0, 2, 4, 6]
+    assert made.classes == tuple("0123456") and made.splits["train"].labels.tolist() == [0, 2, 4, 6, -1]
+    said = capsys.readouterr().err
+    assert "/train/000.tar: more.webp: file of an unknown kind; left out\n" in said
+    assert "in all: 2 x file of an unknown kind\nin all: 1 x sample of which nothing is left\n" in said
+    assert said.endswith(f"{tmp_path}: 5 train; 7 classes, 1 x no label\n")
     with pytest.raises(UserError, match="none of the folders train, validation, test is here"):
         index.prepare_index(tmp_path / "train")
 

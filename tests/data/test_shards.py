@@ -137,6 +137,108 @@ def test_a_foreign_tar_cut_short_is_named_with_its_offset(tmp_path):
         ShardIndex.build(tmp_path / "train")
 
 
+def put(path, members, **settings):
+    """A tar as others make them; returns the offset of each member."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    offsets = []
+    with tarfile.open(path, "w", **settings) as tar:
+        for name, data in members:
+            offsets.append(tar.offset)
+            info = tarfile.TarInfo(name)
+            if isinstance(data, bytes):
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+            else:
+                info.type, info.linkname = tarfile.SYMTYPE, data
+                tar.addfile(info)
+    return offsets
+
+
+TEXTS = [(f"{i}.txt", b"text") for i in range(10)]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda data, at: data[:at], id="cut between two members"),
+        pytest.param(lambda data, at: data[: at + 100], id="cut inside a header"),
+        pytest.param(lambda data, at: data[: at + 10] + b"XXXX" + data[at + 14 :], id="a damaged header"),
+        pytest.param(lambda data, at: data[:at] + bytes(512) + data[at + 512 :], id="a header wiped out"),
+        pytest.param(lambda data, at: data[:at] + bytes(1024) + data, id="two tars in one"),
+    ],
+)
+def test_a_foreign_tar_that_ends_where_it_should_not_is_named_with_its_offset(tmp_path, damage):
+    at = put(tmp_path / "a.tar", TEXTS)[5]
+    assert len(ShardIndex.build(tmp_path)) == 10
+    (tmp_path / "a.tar").write_bytes(damage((tmp_path / "a.tar").read_bytes(), at))
+    with pytest.raises(UserError, match=rf"a\.tar: cut short or damaged at offset {at}: wanted"):
+        ShardIndex.build(tmp_path)
+
+
+def test_what_a_foreign_tar_loses_is_told(tmp_path):
+    members = [
+        ("a.jpg", b"a"),
+        ("a.png", b"a"),
+        ("a.json", b'{"label": 2.0}'),
+        ("b.webp", b"b"),
+        ("b.json", b'{"label": [1, 2]}'),
+        ("c.jpg", b"c"),
+        ("c.json", b'{"label": [1, 2]}'),
+        ("d.jpg", "a.jpg"),
+        ("README", b"read me"),
+        (".hidden", b""),
+    ]
+    put(tmp_path / "a.tar", members)
+    told = []
+    index = ShardIndex.build(tmp_path, tell=lambda kind, line: told.append(line))
+    assert index.keys == ["a", "c"] and index.labels.tolist() == [2, -1]
+    assert sorted(told) == [
+        f"{tmp_path}/a.tar: {line}"
+        for line in (
+            "README: file of an unknown kind; left out",
+            "a.png: second file of a component; left out",
+            "b.webp: file of an unknown kind; left out",
+            "b: nothing is left of it",
+            "c.json: label that is neither a whole number nor a name; left without label",
+            "d.jpg: link, device or sparse file; left out",
+        )
+    ]
+
+
+def test_a_sparse_file_in_a_foreign_tar_is_told(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in [("a.txt", b"text"), ("b.txt", b"1\n0\n4\n".ljust(512, b"\0") + b"text")]:
+            info = tarfile.TarInfo(name)
+            if name == "b.txt":
+                info.pax_headers = {
+                    "GNU.sparse.major": "1",
+                    "GNU.sparse.minor": "0",
+                    "GNU.sparse.realsize": "4",
+                }
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    told = []
+    assert ShardIndex.build(tmp_path, tell=lambda *what: told.append(what)).keys == ["a"]
+    kind = "link, device or sparse file"
+    assert told == [(kind, f"{tmp_path}/a.tar: b.txt: {kind}; left out")]
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("a.jpg", b""), ("b.jpg", b""), ("a.cls", b"1")], r"a\.cls stands apart from the other files of its sample"),
+        ([("a.jpg", b""), ("a.json", b'{"label": 100000000000000000000}')], r"a\.json: label 1000+, wanted 0 to 999999"),
+        ([("a.jpg", b""), ("a.cls", b"123456789")], r"a\.cls: label 123456789, wanted 0 to 999999"),
+        ([("a.jpg", b""), ("a.cls", b"-2")], r"a\.cls: label -2, wanted 0 to 999999, or -1 for none"),
+        ([("caf\xe9.jpg", b"")], r"'caf.*\.jpg': a name that is not UTF-8"),
+    ],
+)  # fmt: skip
+def test_foreign_tars_that_cannot_be_used_are_named(tmp_path, members, message):
+    put(tmp_path / "a.tar", members, format=tarfile.GNU_FORMAT, encoding="latin-1")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/a\.tar: {message}"):
+        ShardIndex.build(tmp_path)
+
+
 def test_a_tar_that_shrinks_while_in_use_is_named(tmp_path):
     index = ShardIndex.open(fill(tmp_path / "train", n=3))
     os.truncate(tmp_path / "train" / "000000.tar", 700)
@@ -172,7 +274,10 @@ def test_missing_or_broken_descriptions_are_named(tmp_path):
         Dataset.open(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"dataset\.json is missing"):
         Dataset.open(tmp_path)
-    for broken in (b"{", b"[]", b"\xff", b'{"version": 1}'):
+    wrong = [
+        b'{"version": 1, "splits": %s}' % value for value in (b'["train"]', b"null", b'{}, "classes": null')
+    ]
+    for broken in (b"{", b"[]", b"\xff", b'{"version": 1}', *wrong):
         (tmp_path / "dataset.json").write_bytes(broken)
         with pytest.raises(UserError, match=r"dataset\.json: not a dataset's description"):
             Dataset.open(tmp_path)
@@ -196,7 +301,7 @@ def test_the_index_holds_no_pickle(tmp_path):
         assert all(file[name].dtype != object for name in file.files)
 
 
-@pytest.mark.parametrize("key", ["", "a.b", "a/", "/a", "../a", "a\nb"])
+@pytest.mark.parametrize("key", ["", "a.b", "a/", "/a", "../a", "a\nb", "a\x85b"])
 def test_keys_that_others_would_read_differently_are_refused(tmp_path, key):
     with pytest.raises(UserError, match="key"), ShardWriter(tmp_path / "train") as writer:
         writer.write(key, {"txt": b""})

@@ -2,7 +2,8 @@
 
 import argparse
 import hashlib
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -52,7 +53,7 @@ def parse_fractions(text: str) -> list[float]:
         fractions = [float(part) for part in text.split(",")]
     except ValueError:
         fractions = []
-    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+    if len(fractions) != 3 or not (min(fractions) >= 0 and abs(sum(fractions) - 1) <= 1e-6):  # nan too
         raise UserError(
             f"--fractions: got {text!r}, wanted three numbers that add up to 1, such as 0.8,0.1,0.1"
         )
@@ -73,8 +74,9 @@ def prepare_folder(
 
     Files of one folder that share their name up to the last dot are one sample, whichever of image, text and
     audio there are. The first folder is the class; where the first folders are called train, validation (or
-    val) and test, they are the splits and the class comes after. Without those, the split is drawn by hash of
-    the name, so that it does not change when files are added. What cannot be used is named and counted.
+    val) and test, they are the splits and the class comes after; a file outside them is then refused. Without
+    those, the split is drawn by hash of the name, so that it does not change when files are added. Links are
+    followed. What cannot be used is named and counted.
     """
     folder, out = Path(folder), Path(out)
     samples, log = _find(folder, out)
@@ -88,7 +90,7 @@ def prepare_folder(
     }
     if is_finished(out, arguments, force):
         return out
-    split_folders = split is None and all("/" in name and name.split("/")[0] in FOLDERS for name in samples)
+    split_folders = split is None and _has_split_folders(samples)
     placed = []  # name, split, class
     for name in samples:
         rest = name.split("/")
@@ -118,11 +120,8 @@ def _find(folder: Path, out: Path) -> tuple[dict[str, dict[str, Path]], Log]:
         raise UserError(f"{folder}: no such folder")
     log = Log()
     samples: dict[str, dict[str, Path]] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in _files(folder, out, log):
         inside = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in inside.parts)
-        if hidden or not path.is_file() or out.absolute() in path.absolute().parents:
-            continue
         component = COMPONENT_OF.get(path.suffix[1:].lower())
         if component is None:
             log("file of an unknown kind", f"{path}: unknown extension {path.suffix!r}; known: {known()}")
@@ -134,6 +133,44 @@ def _find(folder: Path, out: Path) -> tuple[dict[str, dict[str, Path]], Log]:
     if not samples:
         raise UserError(f"{folder}: no file that can be used; known extensions: {known()}")
     return samples, log
+
+
+def _files(folder: Path, out: Path, log: Log, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """The files in and below ``folder``, through links; hidden ones and ``out`` are passed over."""
+    above = (*above, folder.resolve())
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
+    for path in paths:
+        if path.name.startswith(".") or path.absolute() == out.absolute():
+            continue
+        if path.is_dir() and path.resolve() in above:
+            log("link to a folder that holds it", f"{path}: a link to a folder that holds it; left out")
+        elif path.is_dir():
+            yield from _files(path, out, log, above)
+        elif path.is_file():
+            yield path
+        else:
+            kind = "link to nothing" if path.is_symlink() else "device or pipe"
+            log(kind, f"{path}: {kind}; left out")
+
+
+def _has_split_folders(samples: dict[str, dict[str, Path]]) -> bool:
+    """Whether the first folders are splits; UserError where some are and some are not.
+
+    One such name among others is a class: bus, car, train.
+    """
+    first = {name: name.split("/")[0] if "/" in name else "" for name in samples}
+    folders = set(first.values()) - {""}
+    splits = folders & FOLDERS.keys()
+    if not splits or (len(splits) == 1 and folders != splits):
+        return False
+    for name, begin in first.items():
+        if begin not in splits:
+            path = next(iter(samples[name].values()))
+            raise UserError(f"{path}: outside the split folders that are there ({', '.join(sorted(splits))})")
+    return True
 
 
 def known() -> str:
@@ -164,5 +201,8 @@ def stamp_of(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         about = path.stat()
-        digest.update(f"{path}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
+        try:
+            digest.update(f"{path}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
+        except UnicodeEncodeError:
+            raise UserError(f"{os.fsencode(path)!r}: a name that is not UTF-8; rename it") from None
     return digest.hexdigest()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mmfast.data.prepare.writer import SPLITS, train_tokenizer
+from mmfast.data.prepare.writer import SPLITS, Log, train_tokenizer
 from mmfast.data.shards import COMPONENTS, Dataset, ShardIndex, writing
 from mmfast.errors import UserError
 
@@ -37,20 +37,24 @@ def prepare_index(folder: Path | str, *, licence: str = "your own", force: bool 
     number, or a name, from which the classes are made.
     """
     folder = Path(folder)
+    splits = [split for split in SPLITS if (folder / split).is_dir()]
     if (folder / "dataset.json").is_file() and not force:
         try:
-            Dataset.open(folder)
+            known = Dataset.open(folder).splits
+            for index in known.values():
+                index.verify_times()
+            if new := set(splits) - known.keys():
+                raise UserError(f"{folder / min(new)}: came after the index was made")
         except UserError as error:
             raise UserError(f"{error}; --force indexes it again") from None
         print(f"{folder}: already prepared", file=sys.stderr)
         return folder
-    splits = [split for split in SPLITS if (folder / split).is_dir()]
     if not splits:
         raise UserError(f"{folder}: none of the folders {', '.join(SPLITS)} is here; one is wanted at least")
-    indices = {}
+    indices, log = {}, Log()
     for split in splits:
         print(f"{folder / split}: reading the headers", file=sys.stderr)
-        indices[split] = ShardIndex.build(folder / split)
+        indices[split] = ShardIndex.build(folder / split, tell=log)
     classes = _label(indices)
     for index in indices.values():
         index.save()
@@ -72,6 +76,10 @@ def prepare_index(folder: Path | str, *, licence: str = "your own", force: bool 
     with writing(folder / "dataset.json"):
         partial.write_text(json.dumps(described, ensure_ascii=False, indent=1) + "\n", "utf-8")
         partial.rename(folder / "dataset.json")  # last: without it the folder is no dataset
+    log.close()
+    said = ", ".join(f"{len(index)} {split}" for split, index in indices.items())
+    without = sum(int((index.labels < 0).sum()) for index in indices.values())
+    print(f"{folder}: {said}; {len(classes)} classes, {without} x no label", file=sys.stderr)
     return folder
 
 

@@ -83,7 +83,8 @@ def prepare_csv(
 
     Paths are relative to the table; an empty cell is an absent component; ``text`` is the text itself, or the
     path of a ``.txt`` file. Rows are split by ``split``, by ``split_column``, or by hash of their group:
-    ``group_column``, or else the files they share, so that one image with five captions stays on one side.
+    ``group_column``, or where that is empty the files they share, so that one image with five captions stays
+    on one side.
 
     Raises UserError that names file and line of the first bad row; ``skip_bad`` counts them instead.
     """
@@ -103,7 +104,7 @@ def prepare_csv(
     }
     if is_finished(out, arguments, force):
         return out
-    groups = _groups(rows, file.parent) if group_column is None else {row.line: row.group for row in rows}
+    shared = _groups(rows, file.parent)
     classes = sorted({row.label for row in rows if row.label is not None})
     about = Description(file.stem, classes, licence, NOTICE, arguments)
     with DatasetWriter(out, about, force) as writer:
@@ -111,7 +112,7 @@ def prepare_csv(
             parts = read_parts(row.files, log)
             if row.text is not None:
                 parts["txt"] = row.text.encode()
-            where = split or row.split or split_by_hash(groups[row.line], seed, fractions)
+            where = split or row.split or split_by_hash(row.group or shared[row.line], seed, fractions)
             if parts:
                 writer.write(where, f"line{row.line:08d}", parts, row.label)
             else:
@@ -127,7 +128,8 @@ def _rows(
     try:
         data = file.read_bytes()
         reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
-        header = reader.fieldnames or []
+        header = [name.strip() for name in reader.fieldnames or []]
+        reader.fieldnames = header
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -141,6 +143,12 @@ def _rows(
     for option, column in (("--split-column", split_column), ("--group-column", group_column)):
         if column is not None and column not in header:
             raise UserError(f"{file}: {option} {column!r} is no column; there are: {', '.join(header)}")
+    used = {*COLUMNS, split_column, group_column}
+    if twice := [name for name in header if name in used and header.count(name) > 1]:
+        raise UserError(f"{file}: column {twice[0]!r} is there twice")
+    for name in header:
+        if name not in used:
+            log("column not used", f"{file}: column {name!r} is not used")
     while True:
         try:
             cells = next(reader, None)
@@ -174,7 +182,7 @@ def _check(
             if COMPONENT_OF.get(extension) != component:
                 wanted = ", ".join(COMPONENTS[component])
                 raise UserError(f"{component} {cell!r}: got extension {path.suffix!r}, wanted {wanted}")
-            if not path.is_file():
+            if not os.path.isfile(path):  # unlike Path's, False also for a name that the system refuses
                 raise UserError(f"{component} {cell!r}: no such file")
             files[extension] = path
     if not files and text is None:
@@ -182,7 +190,7 @@ def _check(
     split = cells[split_column].strip() if split_column else None
     if split is not None and split not in SPLITS:
         raise UserError(f"{split_column}: got {split!r}, wanted {', '.join(SPLITS)}")
-    group = cells[group_column] if group_column else ""
+    group = cells[group_column].strip() if group_column else ""
     return Row(line, files, text, cells.get("label", "").strip() or None, group, split)
 
 

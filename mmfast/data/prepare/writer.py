@@ -87,9 +87,14 @@ def is_finished(out: Path, arguments: Mapping[str, Any], force: bool) -> bool:
             out.rmdir()
             return False
         raise UserError(f"{out}: is there and is no prepared dataset; it is not touched, give another --out")
+    try:
+        made_with = dict(json.loads((out / "dataset.json").read_bytes())["arguments"].items())
+    except (ValueError, KeyError, TypeError, AttributeError):  # perhaps tars that were only indexed
+        raise UserError(
+            f"{out}: dataset.json does not say what it was made with; it is not touched, give another --out"
+        ) from None
     if force:
         return False
-    made_with = json.loads((out / "dataset.json").read_bytes()).get("arguments")
     if made_with != _plain(arguments):
         changed = sorted(
             k for k in {**made_with, **arguments} if made_with.get(k) != _plain(arguments).get(k)

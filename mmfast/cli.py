@@ -116,7 +116,7 @@ def _score(name: str, arguments: list[str]) -> int:
     config = _config(name, rest)
     trainer = Trainer(config)
     model, data = build(config)
-    trainer.load(model, options.checkpoint)
+    trainer.load(model, options.checkpoint, data)
     score = trainer.validate if name == "validate" else trainer.test
     metrics = score(model, data, options.only)
     if trainer.world.rank == 0:
@@ -129,13 +129,14 @@ def predict(arguments: list[str]) -> int:
     """``mmfast predict --config FILE [--split test] [--checkpoint …] [--only …] [--output FILE]``."""
     import json
 
-    from mmfast.train import Trainer, build
+    from mmfast.train import Trainer, build, checkpoint
 
     options, rest = _options(arguments, "checkpoint", "only", "split", "output")
     config = _config("predict", rest)
     trainer = Trainer(config)
-    model, data = build(config)
-    trainer.load(model, options.checkpoint)
+    found = trainer.find(options.checkpoint)
+    model, data = build(config, checkpoint.facts(found)["job"].get("data classes", ()))
+    trainer.load(model, str(found), data)
     answers = trainer.predict(model, data, options.split, options.only)
     if trainer.world.rank == 0:
         path = Path(options.output or Path(config.trainer.out) / f"predictions-{options.split}.jsonl")

@@ -32,8 +32,11 @@ def build_model(config: ModelConfig | ArticleConfig, data: DataLike) -> FusionMo
     """Makes the model that ``config`` describes, with fresh weights that depend on torch's seed only.
 
     Raises:
-        UserError: an encoder for a modality that the data does not have, or for tensors of another kind.
+        UserError: an encoder for a modality that the data does not have, or for tensors of another kind;
+            data without classes.
     """
+    if not data.num_classes:
+        raise UserError("data.path: the dataset has 0 classes; wanted 1 or more")
     modalities = data.modalities
     if isinstance(config, ArticleConfig):
         return ArticleModel(modalities, data.vocab_size, data.num_classes, config.dim)

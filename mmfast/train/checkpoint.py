@@ -78,20 +78,31 @@ def better(metric: str, metrics: dict[str, float], than: dict[str, float] | None
 
 
 def beginning(out: str | Path, resume: str | None, overwrite: bool) -> Path | None:
-    """Find the checkpoint a run starts from, or None for a new run; ``overwrite`` drops newer ones."""
+    """Find the checkpoint a run starts from, or None for a new run; newer ones are only for ``overwrite``."""
     found = steps(out)
     # "latest" where there is none yet is a new run: a job that is restarted is given the same command again
     path = find(out, resume) if resume is not None and (found or resume != "latest") else None
     begin = facts(path)["step"] if path else 0
-    in_the_way = [checkpoint for step, checkpoint in found.items() if step > begin]
-    if in_the_way and not overwrite:
+    if any(step > begin for step in found) and not overwrite:
         raise UserError(
             f"{out} already holds checkpoints up to step {max(found)}: --resume goes on from there, "
             "--trainer.overwrite true drops them, --trainer.out names another folder"
         )
-    for checkpoint in in_the_way:
-        shutil.rmtree(checkpoint)
     return path
+
+
+def drop(out: str | Path, after: int) -> None:
+    """Drop the checkpoints of the steps that a run takes again."""
+    for step, path in steps(out).items():
+        if step > after:
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Drop a checkpoint; a process that dies in the middle leaves no half of it under its name."""
+    gone = path.with_name(f".writing-{path.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    shutil.rmtree(path.rename(gone))
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
@@ -129,7 +140,7 @@ def save(
     final, partial = home / f"step-{step:08d}", home / f".writing-{step:08d}"
 
     def prepare() -> None:
-        for left in home.glob(".writing-*"):  # of a process that died while writing
+        for left in home.glob(".writing-*"):  # of a process that died while writing or dropping
             shutil.rmtree(left)
         partial.mkdir(parents=True)
         with open(partial / "run.json", "w") as file:
@@ -140,14 +151,14 @@ def save(
     def publish() -> None:
         sync(partial)
         if final.exists():
-            shutil.rmtree(final)
+            remove(final)
         partial.rename(final)
         sync(home)
         found = steps(out)
         kept = set(list(found.values())[-keep:]) | {best(found, metric)}
         for path in found.values():
             if path not in kept:
-                shutil.rmtree(path)
+                remove(path)
 
     try:
         on_first_rank(prepare)
@@ -192,10 +203,18 @@ def extents(reader: FileSystemReader) -> dict[str, int]:
 def refuse_mismatch(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise a ``UserError`` if the job of the checkpoint is not the job at hand; names all that differs."""
     different = [
-        f"{key} was {then.get(key)!r}, now {value!r}" for key, value in now.items() if then.get(key) != value
+        f"{key} was {brief(then[key]) if key in then else 'not recorded'}, now {brief(value)}"
+        for key, value in now.items()
+        if key not in then or then[key] != value
     ]
     if different:
         raise UserError(f"cannot resume from {path}: {'; '.join(different)}")
+
+
+def brief(value: Any) -> str:
+    """A value as it is written, cut where it is long: there may be thousands of classes."""
+    words = repr(value)
+    return words if len(words) <= 100 else f"{words[:99]}…"
 
 
 def reason(error: BaseException) -> str:

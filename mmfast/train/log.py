@@ -50,11 +50,16 @@ class Log:
 
     def progress(self, step: int, values: dict[str, Any]) -> None:
         """Bring the bar and the file to ``step``."""
+        self.flush()
+        if self.active:
+            self.bar.set_postfix(values, refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def flush(self) -> None:
+        """Bring the file to the last line written."""
         if self.active:
             with naming(self.path):
                 self.file.flush()
-            self.bar.set_postfix(values, refresh=False)
-            self.bar.update(step - self.bar.n)
 
     def say(self, line: str) -> None:
         """Print a line beside the bar."""

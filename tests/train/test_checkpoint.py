@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import re
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,6 +96,17 @@ def test_a_job_that_is_not_the_same_is_refused(tmp_path, change, line):
         fit(toy_config(tmp_path, max_steps=4, resume="latest", **change))
 
 
+def test_another_order_of_modalities_is_refused(tmp_path):
+    """Weights over several modalities have the same shape in any order."""
+    fit(config := toy_config(tmp_path, max_steps=2))
+    data = replace(config.data, modalities=dict(reversed(config.data.modalities.items())))
+    swapped = replace(config, data=data, trainer=replace(config.trainer, max_steps=4, resume="latest"))
+    line = r"data.modalities was \['image', 'text'\], now \['text', 'image'\]"
+    for use in (fit, lambda config: Trainer(config, quiet=True).load(toy_model(config))):
+        with pytest.raises(UserError, match=line):
+            use(swapped)
+
+
 def test_other_data_is_refused(tmp_path):
     fit(toy_config(tmp_path, max_steps=2))
     with pytest.raises(UserError, match=r"cannot resume from .*data fingerprint was"):
@@ -150,6 +163,44 @@ def test_a_folder_in_use_is_refused_or_overwritten(tmp_path):
     assert names(tmp_path) == ["step-00000002"] and sorted(losses(tmp_path)) == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"batch_size": 4}, "trainer.batch_size was 8, now 4"),
+        ({"max_steps": 2}, "step 2 of 2 is reached already"),
+        ({"validate_every": 1, "best": "acuracy"}, "trainer.best is 'acuracy'; validation has accuracy, loss, count"),
+    ],
+)  # fmt: skip
+def test_a_refused_run_overwrites_nothing(tmp_path, change, line):
+    fit(toy_config(tmp_path, max_steps=6, checkpoint_every=2, keep=9))
+    before = names(tmp_path)
+    path = str(tmp_path / "checkpoints" / before[0])
+    with pytest.raises(UserError, match=line):
+        fit(toy_config(tmp_path, resume=path, overwrite=True, **change))
+    assert names(tmp_path) == before
+    fit(toy_config(tmp_path, resume=path, overwrite=True, max_steps=4))
+    assert names(tmp_path) == before[:2]
+
+
+def test_a_run_without_a_validation_split_is_refused_before_its_first_step(tmp_path):
+    with pytest.raises(KeyError, match="validation"):  # as the toy has it
+        fit(toy_config(tmp_path, validate_every=9), ToyData(sizes={"train": 37}))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_killed_run_has_the_validation_of_its_last_checkpoint(tmp_path, monkeypatch):
+    saved = checkpoint.save
+    seen = []
+
+    def save(*arguments, **options):
+        seen.append((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+        return saved(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    fit(toy_config(tmp_path, max_steps=2, validate_every=2))
+    assert json.loads(seen[0])["kind"] == "validation"
+
+
 def test_latest_of_nothing_begins_anew_and_a_wrong_path_is_named(tmp_path):
     fit(toy_config(tmp_path / "new", max_steps=2, resume="latest"))
     with pytest.raises(UserError, match=r"there is no checkpoint nowhere"):
@@ -169,3 +220,24 @@ def test_ctrl_c_ends_after_the_step_with_a_checkpoint(tmp_path):
         fit(toy_config(tmp_path, max_steps=9), on_step=press)
     assert caught.value.signum == 2 and names(tmp_path) == ["step-00000003"]
     assert sorted(losses(tmp_path)) == [1, 2, 3]
+
+
+def test_ctrl_c_in_the_last_step_lets_the_run_end(tmp_path):
+    config = toy_config(tmp_path, max_steps=3, validate_every=9)
+    result, _ = fit(config, on_step=lambda step: step == 3 and os.kill(os.getpid(), 2))
+    assert "accuracy" in result.metrics
+
+
+@pytest.mark.parametrize("at", [3, 9])
+def test_what_could_not_be_read_is_told_at_every_end(tmp_path, capsys, at):
+    class Broken(ToyData):
+        def loader(self, *arguments, **options):
+            made = super().loader(*arguments, **options)
+            made.ledger["train", "key", "image", "why"] = 1
+            return made
+
+    config = toy_config(tmp_path, max_steps=9)
+    with suppress(Interrupted):
+        press = lambda step: step == at and os.kill(os.getpid(), 2)  # noqa: E731
+        Trainer(config).fit(toy_model(config), Broken(), on_step=press)
+    assert "1 components could not be read" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 from tiny import ROOT, Command, dataset, options
 
 from mmfast.cli import COMMANDS, main
@@ -44,6 +47,70 @@ def test_fit_test_predict_and_resume_from_the_command_line(data, tmp_path, capsy
     assert {a["label"] for a in answers} <= {"a", "b", "c"}
     assert main(["fit", *options(data, out, trainer__max_steps=8), "--resume"]) == 0
     assert sorted(losses(out)) == list(range(1, 9))
+
+
+def altered(data, to, labels=None, **facts):
+    """A copy of a dataset with other facts, and with ``labels`` for all that it has."""
+    shutil.copytree(data, to)
+    about = json.loads((to / "dataset.json").read_text())
+    (to / "dataset.json").write_text(json.dumps(about | facts))
+    for path in to.glob("*/index.npz") if labels is not None else ():
+        columns = dict(np.load(path))
+        np.savez(path, **columns | {"label": np.full_like(columns["label"], labels)})
+    return to
+
+
+def said(capsys, *arguments):
+    """What a command that fails prints, which must be one line."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("mmfast: error: ") and line.count("\n") == 1
+    return line
+
+
+def test_a_checkpoint_is_used_only_where_its_weights_mean_the_same(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["fit", *options(data, out, trainer__max_steps=2)]) == 0
+    named = altered(data, tmp_path / "named", classes=["x", "y", "z"])
+    line = "data classes was ['a', 'b', 'c'], now ['x', 'y', 'z']"
+    assert line in said(capsys, "predict", *options(named, out))
+    other = altered(data, tmp_path / "other")
+    tokens = json.loads((other / "tokenizer.json").read_text())
+    words = tokens["model"]["vocab"]
+    tokens["model"]["vocab"] = dict(zip(words, [0, 1, *sorted(words.values())[:1:-1]], strict=True))
+    (other / "tokenizer.json").write_text(json.dumps(tokens))
+    assert "data tokenizer was" in said(capsys, "test", *options(other, out))
+    line = "data.modalities.audio.sample_rate was 16000, now 8000"
+    assert line in said(capsys, "test", *options(data, out, data__modalities__audio__sample_rate=8000))
+
+    job = yaml.safe_load((ROOT / "configs" / "stamps.yaml").read_text())
+    encoders = job["model"]["init_args"]["encoders"]
+    job["model"]["init_args"]["encoders"] = {name: encoders[name] for name in ("audio", "text", "image")}
+    (tmp_path / "swapped.yaml").write_text(yaml.safe_dump(job, sort_keys=False))
+    swapped = ["--config", tmp_path / "swapped.yaml", *options(data, out, trainer__max_steps=4)[2:]]
+    line = "model.encoders was ['image', 'text', 'audio'], now ['audio', 'text', 'image']"
+    assert line in said(capsys, "test", *swapped) and line in said(capsys, "fit", *swapped, "--resume")
+
+    bare = altered(data, tmp_path / "bare", labels=-1, classes=[])
+    assert main(["predict", *options(bare, out), "--output", str(tmp_path / "answers.jsonl")]) == 0
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert {a["label"] for a in answers} <= {"a", "b", "c"}
+    assert "the dataset has 0 classes; wanted 1 or more" in said(capsys, "test", *options(bare, out))
+
+
+@pytest.mark.parametrize("command", ["fit", "check"])
+def test_data_that_cannot_teach_is_refused_before_the_first_step(data, tmp_path, capsys, command):
+    run = tmp_path / "run"
+    none = altered(data, tmp_path / "none", labels=-1)
+    assert "no sample of the train split has a 'label'" in said(capsys, command, *options(none, run))
+    bare = altered(data, tmp_path / "bare", labels=-1, classes=[])
+    assert "the dataset has 0 classes" in said(capsys, command, *options(bare, run))
+    part = altered(data, tmp_path / "part", splits={"train": 37})
+    assert "validation" in said(capsys, command, *options(part, run))
+    line = said(capsys, command, *options(data, run, trainer__best="acuracy"))
+    assert "trainer.best is 'acuracy'; validation has accuracy, loss, count" in line
+    assert not run.exists()
 
 
 def test_check_and_plan_say_what_a_job_would_use(data, tmp_path, capsys):

@@ -75,6 +75,10 @@ class TrainerConfig:
         for name in ("lr", "warmup", "weight_decay", "clip", "validate_every", "checkpoint_every", "seed"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"trainer.{name} is {getattr(self, name)}; wanted 0 or more")
+        if self.seed >= 2**63:
+            raise UserError(f"trainer.seed is {self.seed}; wanted less than 2^63")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"trainer.betas is {list(self.betas)}; wanted two numbers from 0 to below 1")
         if not 0 <= self.final_lr <= 1:
             raise UserError(f"trainer.final_lr is {self.final_lr}; wanted a share of lr, from 0 to 1")
         if self.precision == "fp16":

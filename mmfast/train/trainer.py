@@ -83,48 +83,44 @@ class Trainer:
                 f"step {first} of {last} is reached already: trainer.max_steps leaves nothing to do"
             )
         checkpoint.on_first_rank(lambda: checkpoint.drop(options.out, after=first))
-        active = self.world.rank == 0
-        log = Log(options.out, first=first, last=last, active=active, quiet=self.quiet)
+        log = Log(options.out, first=first, last=last, active=self.world.rank == 0, quiet=self.quiet)
         pending: list[Step] = []
         step_seconds: list[float] = []
         last_metrics: dict[str, float] = {}
         pace = Pace(options.batch_size)
-        with StopRequest() as stop, self.loader(data, "train", start_step=first) as loader:
-            try:
-                for step in self.steps(model, optimizer, loader, first):
-                    pending.append(step)
-                    step_seconds.append(step.seconds)
-                    number = step.number
-                    if on_step is not None:
-                        on_step(number)
-                    logging = number % options.log_every == 0
-                    # on a GPU the ranks agree to stop only where the host waits for the device anyway
-                    waits = logging or self.world.device.type == "cpu"
-                    stopping = number != last and waits and self._anyone(stop.signum)
-                    ending = number == last or stopping
-                    validating = _due(options.validate_every, number, number == last) and not stopping
-                    saving = ending or _due(options.checkpoint_every, number)
-                    if not (logging or validating or saving):
-                        continue
-                    loss = self._flush(pending, log, pace)
-                    metrics = self._evaluate(model, data, "validation", None) if validating else None
-                    if metrics is not None:
-                        last_metrics = metrics
-                        log.write("validation", number, metrics)
-                        log.say(f"step {number}: validation " + _words(metrics))
-                        if checkpoint.better(options.best, metrics, best):
-                            best, saving = metrics, True
-                    if saving:
-                        log.flush()  # a process killed later still has the lines of its last checkpoint
-                        path = self._save(model, optimizer, data, number, metrics)
-                    if ending:
-                        break
-                self._tell_substitutes(loader)
-                if stopping:
-                    line = f"stopped after step {number}; --resume goes on from {path}"
-                    raise Interrupted(line, stop.signum or signal.SIGINT)
-            finally:
-                log.close()
+        with StopRequest() as stop, self.loader(data, "train", start_step=first) as loader, log:
+            for step in self.steps(model, optimizer, loader, first):
+                pending.append(step)
+                step_seconds.append(step.seconds)
+                number = step.number
+                if on_step is not None:
+                    on_step(number)
+                logging = number % options.log_every == 0
+                # on a GPU the ranks agree to stop only where the host waits for the device anyway
+                waits = logging or self.world.device.type == "cpu"
+                stopping = number != last and waits and self._anyone(stop.signum)
+                ending = number == last or stopping
+                validating = _due(options.validate_every, number, number == last) and not stopping
+                saving = ending or _due(options.checkpoint_every, number)
+                if not (logging or validating or saving):
+                    continue
+                loss = self._flush(pending, log, pace)
+                metrics = self._evaluate(model, data, "validation", None) if validating else None
+                if metrics is not None:
+                    last_metrics = metrics
+                    log.write("validation", number, metrics)
+                    log.say(f"step {number}: validation " + _words(metrics))
+                    if checkpoint.better(options.best, metrics, best):
+                        best, saving = metrics, True
+                if saving:
+                    log.flush()  # a process killed later still has the lines of its last checkpoint
+                    path = self._save(model, optimizer, data, number, metrics)
+                if ending:
+                    break
+            self._tell_substitutes(loader)
+            if stopping:
+                line = f"stopped after step {number}; --resume goes on from {path}"
+                raise Interrupted(line, stop.signum or signal.SIGINT)
         return FitResult(number, loss, *pace.overall(), step_seconds, last_metrics, path)
 
     def refuse(self, data: Any) -> None:

@@ -3,16 +3,19 @@
 import errno
 import json
 import os
+import pickle
 import re
 from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy import ToyData, toy_config, toy_model
 
 from mmfast.errors import UserError
 from mmfast.train import Interrupted, Trainer, checkpoint
+from mmfast.train.log import Log
 
 
 def fit(config, data=None, **options):
@@ -155,12 +158,59 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "line"),
+    [
+        ("run.json", b"{}", r"run.json is damaged: wanted step, job, validation, got {}"),
+        ("run.json", b"[]", r"run.json is damaged: wanted step, job, validation, got \[\]"),
+        ("run.json", b"\xff", r"run.json is damaged: 'utf-8' codec can't decode"),
+        (".metadata", b"", r"cannot read the checkpoint .*: .metadata is damaged: EOFError"),
+        (".metadata", b"hello world", r"cannot read the checkpoint .*: .metadata is damaged: UnpicklingError"),
+        (".metadata", pickle.dumps([]), r"cannot read the checkpoint .*: .metadata is damaged: AttributeError"),
+        ("__0_0.distcp", None, r"cannot read the checkpoint .*: a file is damaged"),
+    ],
+)  # fmt: skip
+def test_damage_is_told_in_one_line(tmp_path, file, content, line):
+    result, _ = fit(toy_config(tmp_path, max_steps=2))
+    path = result.checkpoint / file
+    path.write_bytes(bytes(path.stat().st_size) if content is None else content)
+    with pytest.raises(UserError, match=line) as caught:
+        fit(toy_config(tmp_path, max_steps=4, resume="latest"))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_older_checkpoint_that_is_damaged_is_passed_over_and_told(tmp_path, capsys):
+    fit(toy_config(tmp_path, max_steps=4, checkpoint_every=2))
+    (tmp_path / "checkpoints" / "step-00000002" / "run.json").unlink()
+    result, _ = fit(toy_config(tmp_path, max_steps=6, resume="latest"))
+    assert result.steps == 6
+    told = f"mmfast: {tmp_path}/checkpoints/step-00000002 is not a checkpoint: it has no run.json; it is passed over\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_full_disk_hides_no_earlier_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.close", full)
+    with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: No space left"):
+        fit(toy_config(tmp_path / "a", max_steps=2))
+    with pytest.raises(ZeroDivisionError):
+        fit(toy_config(tmp_path / "b", max_steps=2), on_step=lambda _: 1 / 0)
+    log = Log(tmp_path / "c", first=0, last=1, active=True)
+    with pytest.raises(UserError):
+        log.close()
+    assert log.file.closed
+
+
 def test_a_folder_in_use_is_refused_or_overwritten(tmp_path):
     fit(toy_config(tmp_path, max_steps=4))
     with pytest.raises(UserError, match=r"already holds checkpoints up to step 4"):
         fit(toy_config(tmp_path, max_steps=2))
     fit(toy_config(tmp_path, max_steps=2, overwrite=True))
     assert names(tmp_path) == ["step-00000002"] and sorted(losses(tmp_path)) == [1, 2]
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
+    assert [event.step for event in events] == [1, 2]
 
 
 @pytest.mark.parametrize(

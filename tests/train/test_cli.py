@@ -31,24 +31,6 @@ def losses(out):
     return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
 
 
-def test_fit_test_predict_and_resume_from_the_command_line(data, tmp_path, capsys):
-    out = tmp_path / "run"
-    assert main(["fit", *options(data, out, trainer__max_steps=6, trainer__validate_every=3)]) == 0
-    assert "step 6, accuracy" in capsys.readouterr().out
-    assert sorted(losses(out)) == [1, 2, 3, 4, 5, 6] and list(out.glob("events.out.tfevents.*"))
-    assert main(["test", *options(data, out), "--checkpoint", "latest"]) == 0
-    whole = capsys.readouterr().out
-    assert main(["test", *options(data, out), "--checkpoint", "latest", "--only", "text,audio"]) == 0
-    part = capsys.readouterr().out
-    assert whole.startswith("accuracy") and "loss" in part and whole != part
-    assert main(["predict", *options(data, out), "--output", str(tmp_path / "answers.jsonl")]) == 0
-    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert [a["key"] for a in answers] == [f"test-{i:03d}" for i in range(10)]
-    assert {a["label"] for a in answers} <= {"a", "b", "c"}
-    assert main(["fit", *options(data, out, trainer__max_steps=8), "--resume"]) == 0
-    assert sorted(losses(out)) == list(range(1, 9))
-
-
 def altered(data, to, labels=None, **facts):
     """A copy of a dataset with other facts, and with ``labels`` for all that it has."""
     shutil.copytree(data, to)
@@ -67,6 +49,32 @@ def said(capsys, *arguments):
     line = capsys.readouterr().err
     assert line.startswith("mmfast: error: ") and line.count("\n") == 1
     return line
+
+
+def test_fit_test_predict_and_resume_from_the_command_line(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["fit", *options(data, out, trainer__max_steps=6, trainer__validate_every=3)]) == 0
+    assert "step 6, accuracy" in capsys.readouterr().out
+    assert sorted(losses(out)) == [1, 2, 3, 4, 5, 6] and list(out.glob("events.out.tfevents.*"))
+    assert main(["test", *options(data, out), "--checkpoint", "latest"]) == 0
+    whole = capsys.readouterr().out
+    assert main(["test", *options(data, out), "--checkpoint", "latest", "--only", "text,audio"]) == 0
+    part = capsys.readouterr().out
+    assert whole.startswith("accuracy") and "loss" in part and whole != part
+    assert main(["predict", *options(data, out), "--output", str(tmp_path / "answers.jsonl")]) == 0
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [a["key"] for a in answers] == [f"test-{i:03d}" for i in range(10)]
+    assert {a["label"] for a in answers} <= {"a", "b", "c"}
+    unread = lambda *_: pytest.fail("it predicted first")  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmfast.train.Trainer.predict", unread)
+        told = said(capsys, "predict", *options(data, out), "--output", tmp_path / "no" / "answers.jsonl")
+    assert "no/answers.jsonl; wanted a file in a folder that can be written" in told
+    assert main(["predict", *options(data, out), "--output", "/dev/null"]) == 0
+    assert Path("/dev/null").is_char_device()
+    assert not list(tmp_path.glob("**/*.partial"))
+    assert main(["fit", *options(data, out, trainer__max_steps=8), "--resume"]) == 0
+    assert sorted(losses(out)) == list(range(1, 9))
 
 
 def test_a_checkpoint_is_used_only_where_its_weights_mean_the_same(data, tmp_path, capsys):
@@ -108,6 +116,9 @@ def test_data_that_cannot_teach_is_refused_before_the_first_step(data, tmp_path,
     assert "the dataset has 0 classes" in said(capsys, command, *options(bare, run))
     part = altered(data, tmp_path / "part", splits={"train": 37})
     assert "validation" in said(capsys, command, *options(part, run))
+    part = altered(data, tmp_path / "untaught", splits={"test": 10})
+    for each in (command, "plan"):
+        assert "train" in said(capsys, each, *options(part, run))
     line = said(capsys, command, *options(data, run, trainer__best="acuracy"))
     assert "trainer.best is 'acuracy'; validation has accuracy, loss, count" in line
     assert not run.exists()
@@ -156,6 +167,13 @@ def test_the_shipped_configurations_are_read(name):
         ("width: 64", "width: 3", "ImageResNet.groups: got 32, wanted a divisor of width 3"),
         ("ImageResNet", "ImageResnet", "model: ModelConfig: encoders: there is no class 'ImageResnet'"),
         ("lr: 1.0e-3", "lr: -1", "trainer.lr is -1.0; wanted 0 or more"),
+        ("max_steps: 300", "max_steps: null", "trainer.max_steps is null; wanted int"),
+        ("out: runs/stamps", "out: null", "trainer.out is null; wanted str"),
+        ("out: runs/stamps", "best: null", "trainer.best is null; wanted str"),
+        ("path: data/stamps", "path: data/stamps\n  threads: null", "data.threads is null; wanted int"),
+        ("{class_path: Concat, init_args: {dim: 256}}", "null", "model.fusion is null; wanted FusionConfig"),
+        ("size: 112", "size: null", "data.modalities.image.size is null; wanted int"),
+        ("class_path: Image, ", "", "a Modality with 'size' has no class_path; wanted one of Image, Text, Audio"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_file_is_one_line(tmp_path, capsys, old, new, line):
@@ -163,6 +181,22 @@ def test_a_mistake_in_the_file_is_one_line(tmp_path, capsys, old, new, line):
     path.write_text((ROOT / "configs" / "stamps.yaml").read_text().replace(old, new, 1))
     assert main(["fit", "--config", str(path)]) == 1
     assert capsys.readouterr().err == f"mmfast: error: {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"", "wanted keys of data, model and trainer"),
+        (b"- 1", "wanted keys of data, model and trainer"),
+        (b"a: [1", "Problems parsing config"),
+        (b'data: {path: "\xe9"}', "'utf-8' codec can't decode byte 0xe9"),
+        (b"trainer: null", "trainer is null; wanted TrainerConfig"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(data, tmp_path, capsys, content, line):
+    (path := tmp_path / "job.yaml").write_bytes(content)
+    told = said(capsys, "fit", *options(data, tmp_path / "run"), "--config", path)
+    assert line in told and (str(path) in told or "null" in told)
 
 
 @pytest.mark.parametrize(
@@ -174,12 +208,13 @@ def test_a_mistake_in_the_file_is_one_line(tmp_path, capsys, old, new, line):
         (["fit", "--config", "configs/stamps.yaml", "--data.path=nowhere"], "nowhere"),
         (["fit", "--config", "configs/stamps.yaml", "--trainer.only=[smell]"], "trainer.only has 'smell'"),
         (["test", "--config", "configs/stamps.yaml", "--trainer.out=nowhere"], "nowhere"),
+        (["fit", "--config", "configs/stamps.yaml", "--resume=nowhere"], "there is no checkpoint nowhere"),
         (["test", "--config", "configs/stamps.yaml", "--split=train"], "unknown configuration key 'split'"),
     ],
 )  # fmt: skip
 def test_a_mistake_on_the_command_line_is_one_line(monkeypatch, tmp_path, capsys, data, arguments, line):
     monkeypatch.chdir(ROOT)
-    if arguments[0] == "test":
+    if arguments[0] == "test" or "--resume=nowhere" in arguments:
         arguments = [*arguments, f"--data.path={data}"]
     assert main(arguments) == 1
     said = capsys.readouterr().err

@@ -186,7 +186,15 @@ def test_a_gradient_that_is_not_finite_is_not_saved(tmp_path):
 
 @pytest.mark.parametrize(
     "fault",
-    [{"batch_size": 0}, {"lr": -1.0}, {"precision": "fp16"}, {"precision": "fp8"}, {"stop_after": 0}],
+    [
+        {"batch_size": 0},
+        {"lr": -1.0},
+        {"precision": "fp16"},
+        {"precision": "fp8"},
+        {"stop_after": 0},
+        {"betas": (1.0, 2.0)},
+        {"seed": 2**70},
+    ],
 )
 def test_a_setting_that_means_nothing_is_named(tmp_path, fault):
     with pytest.raises(UserError, match=f"trainer.{next(iter(fault))}"):

@@ -131,6 +131,7 @@ def predict(arguments: list[str]) -> int:
     import json
 
     from mmfast.train import Trainer, build, checkpoint
+    from mmfast.train.log import naming
 
     options, rest = _options(arguments, "checkpoint", "only", "split", "output")
     config = _config("predict", rest)
@@ -151,12 +152,13 @@ def predict(arguments: list[str]) -> int:
     answers = trainer.predict(model, data, options.split, options.only)
     if trainer.world.rank == 0:
         index, classes = data.dataset.split(options.split), data.classes
-        with open(place, "w") as file:
+        with naming(path), open(place, "w") as file:
             for sample, row in zip(answers.id.tolist(), answers.probability.tolist(), strict=True):
                 chosen = max(range(len(row)), key=row.__getitem__)
                 answer = {"key": index.key(sample), "label": classes[chosen], "probability": row[chosen]}
                 file.write(json.dumps(answer | {"probabilities": row}) + "\n")
-        place.replace(path)
+        if not direct:
+            place.replace(path)
         print(f"{len(answers.id)} predictions in {path}")
     return 0
 

@@ -36,7 +36,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, tasks: Sequence[Task] = (category(),), *, quiet: bool = False) -> None:
-        """Join the process group, or make one of this process alone. ``quiet`` prints nothing."""
+        """Join the process group, or make one of this process alone. ``quiet`` prints only of damage."""
         self.config = config.selected()
         self.tasks = tuple(tasks)
         self.quiet = quiet
@@ -300,8 +300,8 @@ class Trainer:
             loss = sum(task.weight * term for task, term in zip(self.tasks, terms, strict=True))
             for what, value in (("loss", loss), ("gradient's norm", norm)):
                 if not math.isfinite(value):
-                    help = "a lower trainer.lr or trainer.clip may help"
-                    raise UserError(f"the {what} of step {step.number} is {value}; {help}")
+                    advice = "a lower trainer.lr or trainer.clip may help"
+                    raise UserError(f"the {what} of step {step.number} is {value}; {advice}")
             parts = (
                 {f"loss/{t.head}": v for t, v in zip(self.tasks, terms, strict=True)}
                 if len(terms) > 1

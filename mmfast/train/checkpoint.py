@@ -226,7 +226,7 @@ def extents(reader: FileSystemReader) -> dict[str, int]:
     return ends
 
 
-def refuse_mismatch(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+def refuse_mismatch(path: Path, then: dict[str, Any], now: dict[str, Any], to: str = "resume from") -> None:
     """Raise a ``UserError`` if the job of the checkpoint is not the job at hand; names all that differs."""
     different = [
         f"{key} was {brief(then[key]) if key in then else 'not recorded'}, now {brief(value)}"
@@ -234,7 +234,7 @@ def refuse_mismatch(path: Path, then: dict[str, Any], now: dict[str, Any]) -> No
         if key not in then or then[key] != value
     ]
     if different:
-        raise UserError(f"cannot resume from {path}: {'; '.join(different)}")
+        raise UserError(f"cannot {to} {path}: {'; '.join(different)}")
 
 
 def brief(value: Any) -> str:

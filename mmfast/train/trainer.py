@@ -62,7 +62,7 @@ class Trainer:
         """Fill ``model`` with a checkpoint's weights; ``data`` must have the classes and tokens it learnt."""
         path = self.find(which)
         self.parallelize(model)
-        checkpoint.refuse_mismatch(path, checkpoint.facts(path)["job"], identity(self.config, data))
+        checkpoint.refuse_mismatch(path, checkpoint.facts(path)["job"], identity(self.config, data), "use")
         checkpoint.load(path, model)
         return model
 

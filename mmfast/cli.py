@@ -5,6 +5,7 @@ Heavy imports stay inside the commands, so that ``mmfast --help`` answers at onc
 
 import argparse
 import os
+import re
 import signal
 import sys
 import traceback
@@ -116,7 +117,7 @@ def _score(name: str, arguments: list[str]) -> int:
     config = _config(name, rest)
     trainer = Trainer(config)
     model, data = build(config)
-    trainer.load(model, options.checkpoint)
+    trainer.load(model, options.checkpoint, data)
     score = trainer.validate if name == "validate" else trainer.test
     metrics = score(model, data, options.only)
     if trainer.world.rank == 0:
@@ -129,22 +130,35 @@ def predict(arguments: list[str]) -> int:
     """``mmfast predict --config FILE [--split test] [--checkpoint …] [--only …] [--output FILE]``."""
     import json
 
-    from mmfast.train import Trainer, build
+    from mmfast.train import Trainer, build, checkpoint
+    from mmfast.train.log import naming
 
     options, rest = _options(arguments, "checkpoint", "only", "split", "output")
     config = _config("predict", rest)
     trainer = Trainer(config)
-    model, data = build(config)
-    trainer.load(model, options.checkpoint)
+    found = trainer.find(options.checkpoint)
+    path = Path(options.output or Path(config.trainer.out) / f"predictions-{options.split}.jsonl")
+    # an older file stays whole until all answers are there; a device or a link is written as it is
+    direct = path.is_symlink() or (path.exists() and not path.is_file())
+    place = path if direct else path.with_name(f".{path.name}.partial")
+
+    def refuse() -> None:  # now, not after all predictions
+        if path.is_dir() or not os.access(path if direct else path.parent, os.W_OK):
+            raise UserError(f"cannot write {path}; wanted a file in a folder that can be written")
+
+    checkpoint.on_first_rank(refuse)
+    model, data = build(config, checkpoint.facts(found)["job"].get("data classes", ()))
+    trainer.load(model, str(found), data)
     answers = trainer.predict(model, data, options.split, options.only)
     if trainer.world.rank == 0:
-        path = Path(options.output or Path(config.trainer.out) / f"predictions-{options.split}.jsonl")
         index, classes = data.dataset.split(options.split), data.classes
-        with open(path, "w") as file:
+        with naming(path), open(place, "w") as file:
             for sample, row in zip(answers.id.tolist(), answers.probability.tolist(), strict=True):
                 chosen = max(range(len(row)), key=row.__getitem__)
                 answer = {"key": index.key(sample), "label": classes[chosen], "probability": row[chosen]}
                 file.write(json.dumps(answer | {"probabilities": row}) + "\n")
+        if not direct:
+            place.replace(path)
         print(f"{len(answers.id)} predictions in {path}")
     return 0
 
@@ -211,7 +225,7 @@ def _options(arguments: list[str], *own: str) -> tuple[argparse.Namespace, list[
 def _config(command: str, arguments: list[str]) -> "Config":
     from mmfast.train.arguments import parse
 
-    arguments = list(arguments)
+    arguments = [re.sub(r"^--resume=", "--trainer.resume=", argument) for argument in arguments]
     if "--resume" in arguments:  # short for --trainer.resume, "latest" unless it says which
         at = arguments.index("--resume")
         given = at + 1 < len(arguments) and not arguments[at + 1].startswith("-")

@@ -9,8 +9,10 @@ validation). All of it is written under another name, synced to the disk and ren
 import json
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+from tqdm import tqdm
 
 from mmfast.errors import UserError
 
@@ -41,11 +44,15 @@ def steps(out: str | Path) -> dict[int, Path]:
 def facts(path: Path) -> dict[str, Any]:
     """What a checkpoint says about itself (``run.json``)."""
     try:
-        return json.loads((path / "run.json").read_text())
+        about = json.loads((path / "run.json").read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is not a checkpoint: it has no run.json") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not UTF-8
         raise UserError(f"{path / 'run.json'} is damaged: {error}") from None
+    kinds: dict[str, Any] = {"step": int, "job": dict, "validation": (dict, type(None))}
+    if not isinstance(about, dict) or not all(isinstance(about.get(k), kind) for k, kind in kinds.items()):
+        raise UserError(f"{path / 'run.json'} is damaged: wanted {', '.join(kinds)}, got {brief(about)}")
+    return about
 
 
 def find(out: str | Path, which: str, metric: str = "accuracy") -> Path:
@@ -64,9 +71,21 @@ def find(out: str | Path, which: str, metric: str = "accuracy") -> Path:
 def best(found: dict[int, Path], metric: str) -> Path | None:
     """The checkpoint whose validation was best, the earlier of equals; losses are better when lower."""
     sign = -1.0 if metric.endswith("loss") else 1.0
-    scored = [(facts(path).get("validation") or {}).get(metric) for path in found.values()]
-    ranked = [(sign * value, -step) for step, value in zip(found, scored, strict=True) if value is not None]
+    ranked = []
+    for step, path in found.items():
+        try:
+            value = (facts(path)["validation"] or {}).get(metric)
+        except UserError as error:  # no reason to refuse the others
+            tell(f"{error}; it is passed over")
+        else:
+            ranked += [(sign * value, -step)] if value is not None else []
     return found[-max(ranked)[1]] if ranked else None
+
+
+@cache
+def tell(line: str) -> None:
+    """Print a line, once."""
+    tqdm.write(f"mmfast: {line}", sys.stderr)
 
 
 def better(metric: str, metrics: dict[str, float], than: dict[str, float] | None) -> bool:
@@ -78,20 +97,31 @@ def better(metric: str, metrics: dict[str, float], than: dict[str, float] | None
 
 
 def beginning(out: str | Path, resume: str | None, overwrite: bool) -> Path | None:
-    """Find the checkpoint a run starts from, or None for a new run; ``overwrite`` drops newer ones."""
+    """Find the checkpoint a run starts from, or None for a new run; newer ones are only for ``overwrite``."""
     found = steps(out)
     # "latest" where there is none yet is a new run: a job that is restarted is given the same command again
     path = find(out, resume) if resume is not None and (found or resume != "latest") else None
     begin = facts(path)["step"] if path else 0
-    in_the_way = [checkpoint for step, checkpoint in found.items() if step > begin]
-    if in_the_way and not overwrite:
+    if any(step > begin for step in found) and not overwrite:
         raise UserError(
             f"{out} already holds checkpoints up to step {max(found)}: --resume goes on from there, "
             "--trainer.overwrite true drops them, --trainer.out names another folder"
         )
-    for checkpoint in in_the_way:
-        shutil.rmtree(checkpoint)
     return path
+
+
+def drop(out: str | Path, after: int) -> None:
+    """Drop the checkpoints of the steps that a run takes again."""
+    for step, path in steps(out).items():
+        if step > after:
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Drop a checkpoint; a process that dies in the middle leaves no half of it under its name."""
+    gone = path.with_name(f".writing-{path.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    shutil.rmtree(path.rename(gone))
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
@@ -129,7 +159,7 @@ def save(
     final, partial = home / f"step-{step:08d}", home / f".writing-{step:08d}"
 
     def prepare() -> None:
-        for left in home.glob(".writing-*"):  # of a process that died while writing
+        for left in home.glob(".writing-*"):  # of a process that died while writing or dropping
             shutil.rmtree(left)
         partial.mkdir(parents=True)
         with open(partial / "run.json", "w") as file:
@@ -140,14 +170,14 @@ def save(
     def publish() -> None:
         sync(partial)
         if final.exists():
-            shutil.rmtree(final)
+            remove(final)
         partial.rename(final)
         sync(home)
         found = steps(out)
         kept = set(list(found.values())[-keep:]) | {best(found, metric)}
         for path in found.values():
             if path not in kept:
-                shutil.rmtree(path)
+                remove(path)
 
     try:
         on_first_rank(prepare)
@@ -177,25 +207,40 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None =
                 raise OSError(f"{name} has {got} bytes, wanted {wanted}")
         load_shards(state_of(model, optimizer), storage_reader=reader)
     except (CheckpointException, OSError, RuntimeError, KeyError, ValueError) as error:
-        raise UserError(f"cannot read the checkpoint {path}: {reason(error)}") from error
+        line = reason(error)
+        # torch's reader advises to trust a file that it cannot read
+        line = "a file is damaged" if "weights_only" in line else line
+        raise UserError(f"cannot read the checkpoint {path}: {line}") from error
     return about
 
 
 def extents(reader: FileSystemReader) -> dict[str, int]:
     """How far into each file the index reaches: a file cut short could load without an error."""
     ends: dict[str, int] = {}
-    for item in reader.read_metadata().storage_data.values():
+    try:
+        places = reader.read_metadata().storage_data.values()
+    except Exception as error:  # a damaged pickle may raise anything
+        raise OSError(f".metadata is damaged: {type(error).__name__}: {error}") from error
+    for item in places:
         ends[item.relative_path] = max(ends.get(item.relative_path, 0), item.offset + item.length)
     return ends
 
 
-def refuse_mismatch(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+def refuse_mismatch(path: Path, then: dict[str, Any], now: dict[str, Any], to: str = "resume from") -> None:
     """Raise a ``UserError`` if the job of the checkpoint is not the job at hand; names all that differs."""
     different = [
-        f"{key} was {then.get(key)!r}, now {value!r}" for key, value in now.items() if then.get(key) != value
+        f"{key} was {brief(then[key]) if key in then else 'not recorded'}, now {brief(value)}"
+        for key, value in now.items()
+        if key not in then or then[key] != value
     ]
     if different:
-        raise UserError(f"cannot resume from {path}: {'; '.join(different)}")
+        raise UserError(f"cannot {to} {path}: {'; '.join(different)}")
+
+
+def brief(value: Any) -> str:
+    """A value as it is written, cut where it is long: there may be thousands of classes."""
+    words = repr(value)
+    return words if len(words) <= 100 else f"{words[:99]}…"
 
 
 def reason(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """What a training job is told: one frozen dataclass for the job, one each for its data, model and trainer."""
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,9 +70,15 @@ class TrainerConfig:
         for name in ("max_steps", "batch_size", "accumulate", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"trainer.{name} is {getattr(self, name)}; wanted 1 or more")
+        if self.stop_after is not None and self.stop_after < 1:
+            raise UserError(f"trainer.stop_after is {self.stop_after}; wanted 1 or more, or nothing")
         for name in ("lr", "warmup", "weight_decay", "clip", "validate_every", "checkpoint_every", "seed"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"trainer.{name} is {getattr(self, name)}; wanted 0 or more")
+        if self.seed >= 2**63:
+            raise UserError(f"trainer.seed is {self.seed}; wanted less than 2^63")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"trainer.betas is {list(self.betas)}; wanted two numbers from 0 to below 1")
         if not 0 <= self.final_lr <= 1:
             raise UserError(f"trainer.final_lr is {self.final_lr}; wanted a share of lr, from 0 to 1")
         if self.precision == "fp16":
@@ -130,11 +137,26 @@ def as_dict(value: Any) -> Any:
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` becomes ``{"a.b": 1}``."""
+    """``{"a": {"b": 1}}`` becomes ``{"a": ["b"], "a.b": 1}``: names have an order, fields have none."""
     if not isinstance(value, dict):
         return {prefix: value}
-    return {
+    fields = not prefix or isinstance(value.get("class"), str)
+    return ({} if fields else {prefix: list(value)}) | {
         k: v
         for key, item in value.items()
         for k, v in flatten(item, f"{prefix}.{key}" if prefix else key).items()
     }
+
+
+def identity(config: Config, data: Any = None, *more: str) -> dict[str, Any]:
+    """What gives weights their meaning, as flat values: model, modalities, classes, tokenizer; ``more`` keys.
+
+    An order is part of it: a matrix over several encoders has the same shape in any.
+    """
+    names = ("model.", "data.modalities", *more)
+    same = {key: value for key, value in flatten(as_dict(config)).items() if key.startswith(names)}
+    if data is not None:
+        same["data classes"] = list(getattr(data, "classes", ()))
+        if path := getattr(data, "_tokenizer", None):
+            same["data tokenizer"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return same

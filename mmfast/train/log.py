@@ -4,8 +4,9 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -32,7 +33,7 @@ class Log:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             keep_lines(self.path, first)
             self.file = open(self.path, "a")
-        self.board = SummaryWriter(str(out), purge_step=first + 1 if first else None)
+        self.board = SummaryWriter(str(out), purge_step=first + 1)
         # without a terminal there is a line per validation and no bar
         self.bar = tqdm(
             initial=first, total=last, unit="step", disable=True if quiet else None, dynamic_ncols=True
@@ -50,11 +51,16 @@ class Log:
 
     def progress(self, step: int, values: dict[str, Any]) -> None:
         """Bring the bar and the file to ``step``."""
+        self.flush()
+        if self.active:
+            self.bar.set_postfix(values, refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def flush(self) -> None:
+        """Bring the file to the last line written."""
         if self.active:
             with naming(self.path):
                 self.file.flush()
-            self.bar.set_postfix(values, refresh=False)
-            self.bar.update(step - self.bar.n)
 
     def say(self, line: str) -> None:
         """Print a line beside the bar."""
@@ -65,9 +71,19 @@ class Log:
         """Put everything on the disk."""
         if self.active:
             self.bar.close()
-            self.board.close()
-            with naming(self.path):
-                self.file.close()
+            with naming(self.path), closing(self.file):
+                self.board.close()
+
+    def __enter__(self) -> "Log":
+        """The log itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close; what went wrong first is what the user must hear of."""
+        with suppress(OSError, UserError) if error else nullcontext():
+            self.close()
 
 
 @contextmanager

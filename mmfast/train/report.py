@@ -18,6 +18,7 @@ def check(config: Config) -> int:
     trainer = Trainer(config)
     options, world = config.trainer, trainer.world
     model, data = build(config)
+    trainer.refuse(data)
     sizes = ", ".join(f"{name} {len(split)}" for name, split in data.dataset.splits.items())
     lines = [("data", f"{config.data.path}: {sizes}; {len(data.classes)} classes")]
     trainer.parallelize(model)
@@ -50,7 +51,7 @@ def plan(config: Config) -> int:
     trainer = Trainer(config)
     options, world = config.trainer, trainer.world
     model, data = build(config)
-    samples = len(data.dataset.splits["train"])
+    samples = len(data.dataset.split("train"))
     epochs = options.max_steps * options.batch_size / samples
     lines = [("data", f"{samples} samples to train on, {samples / options.batch_size:.1f} steps an epoch")]
     lines.append(("job", f"{options.max_steps} steps of {options.batch_size} samples = {epochs:.1f} epochs"))

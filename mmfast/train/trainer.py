@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,51 +17,15 @@ from tqdm import tqdm
 
 from mmfast.errors import UserError
 from mmfast.train import checkpoint
-from mmfast.train.config import Config, as_dict, flatten
+from mmfast.train.config import Config, as_dict, flatten, identity
 from mmfast.train.log import Log, Pace
 from mmfast.train.optim import adamw, clip, learning_rate
 from mmfast.train.parallel import parallelize, sharded, start
+from mmfast.train.results import FitResult, Predictions, Step
 from mmfast.train.signals import Interrupted, StopRequest
 from mmfast.train.task import Task, category
 
 Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """How a training ended: steps of the schedule taken, the last step's loss, and the speed.
-
-    ``samples_per_s`` counts samples of all ranks and leaves out the first ``log_every`` steps of this call,
-    validation, checkpoints and ``on_step``; ``waiting`` is the share of that time spent waiting for data.
-    ``step_seconds`` has every step of this call, waiting included (on a GPU: the host's time).
-    """
-
-    steps: int
-    loss: float
-    samples_per_s: float
-    waiting: float
-    step_seconds: list[float]
-    metrics: dict[str, float]  # of the last validation
-    checkpoint: Path
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """The model's answers for a split, in its order."""
-
-    id: Tensor  # int64 [N]
-    probability: Tensor  # float32 [N, C]
-    present: Tensor  # bool [N, M]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One finished step: its number, its seconds, and on the device the losses and gradient norm."""
-
-    number: int
-    seconds: float
-    waited: float  # of the seconds, those waiting for data
-    values: Tensor  # [tasks + 1], the losses this rank's share of the global mean
 
 
 class Trainer:
@@ -72,7 +36,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, tasks: Sequence[Task] = (category(),), *, quiet: bool = False) -> None:
-        """Join the process group, or make one of this process alone. ``quiet`` prints nothing."""
+        """Join the process group, or make one of this process alone. ``quiet`` prints only of damage."""
         self.config = config.selected()
         self.tasks = tuple(tasks)
         self.quiet = quiet
@@ -89,13 +53,16 @@ class Trainer:
         options = self.config.trainer
         return parallelize(model, self.world, options.precision, options.compile)
 
-    def load(self, model: nn.Module, which: str = "best") -> nn.Module:
-        """Fill ``model`` with the weights of a checkpoint: "best", "latest" or a path."""
+    def find(self, which: str = "best") -> Path:
+        """Where a checkpoint lies: "best", "latest" or a path."""
         options = self.config.trainer
-        path = checkpoint.on_first_rank(lambda: checkpoint.find(options.out, which, options.best))
+        return checkpoint.on_first_rank(lambda: checkpoint.find(options.out, which, options.best))
+
+    def load(self, model: nn.Module, which: str = "best", data: Any = None) -> nn.Module:
+        """Fill ``model`` with a checkpoint's weights; ``data`` must have the classes and tokens it learnt."""
+        path = self.find(which)
         self.parallelize(model)
-        then, now = checkpoint.facts(path)["job"], flatten(as_dict(self.config))
-        checkpoint.refuse_mismatch(path, then, {k: v for k, v in now.items() if k.startswith("model.")})
+        checkpoint.refuse_mismatch(path, checkpoint.facts(path)["job"], identity(self.config, data), "use")
         checkpoint.load(path, model)
         return model
 
@@ -107,6 +74,7 @@ class Trainer:
         """
         options = self.config.trainer
         last = min(options.max_steps, options.stop_after or options.max_steps)
+        self.refuse(data)
         model = self.parallelize(model)
         optimizer = adamw(model, options)
         first, best = self._begin(model, optimizer, data)
@@ -114,47 +82,65 @@ class Trainer:
             raise UserError(
                 f"step {first} of {last} is reached already: trainer.max_steps leaves nothing to do"
             )
-        active = self.world.rank == 0
-        log = Log(options.out, first=first, last=last, active=active, quiet=self.quiet)
+        checkpoint.on_first_rank(lambda: checkpoint.drop(options.out, after=first))
+        log = Log(options.out, first=first, last=last, active=self.world.rank == 0, quiet=self.quiet)
         pending: list[Step] = []
         step_seconds: list[float] = []
         last_metrics: dict[str, float] = {}
         pace = Pace(options.batch_size)
-        with StopRequest() as stop, self.loader(data, "train", start_step=first) as loader:
-            try:
-                for step in self.steps(model, optimizer, loader, first):
-                    pending.append(step)
-                    step_seconds.append(step.seconds)
-                    number = step.number
-                    if on_step is not None:
-                        on_step(number)
-                    logging = number % options.log_every == 0
-                    # on a GPU the ranks agree to stop only where the host waits for the device anyway
-                    stopping = (logging or self.world.device.type == "cpu") and self._anyone(stop.signum)
-                    ending = number == last or stopping
-                    validating = _due(options.validate_every, number, number == last) and not stopping
-                    saving = ending or _due(options.checkpoint_every, number)
-                    if not (logging or validating or saving):
-                        continue
-                    loss = self._flush(pending, log, pace)
-                    metrics = self._evaluate(model, data, "validation", None) if validating else None
-                    if metrics is not None:
-                        last_metrics = metrics
-                        log.write("validation", number, metrics)
-                        log.say(f"step {number}: validation " + _words(metrics))
-                        if checkpoint.better(options.best, metrics, best):
-                            best, saving = metrics, True
-                    if saving:
-                        path = self._save(model, optimizer, data, number, metrics)
-                    if stopping:
-                        line = f"stopped after step {number}; --resume goes on from {path}"
-                        raise Interrupted(line, stop.signum or signal.SIGINT)
-                    if ending:
-                        break
-                self._tell_substitutes(loader)
-            finally:
-                log.close()
+        with StopRequest() as stop, self.loader(data, "train", start_step=first) as loader, log:
+            for step in self.steps(model, optimizer, loader, first):
+                pending.append(step)
+                step_seconds.append(step.seconds)
+                number = step.number
+                if on_step is not None:
+                    on_step(number)
+                logging = number % options.log_every == 0
+                # on a GPU the ranks agree to stop only where the host waits for the device anyway
+                waits = logging or self.world.device.type == "cpu"
+                stopping = number != last and waits and self._anyone(stop.signum)
+                ending = number == last or stopping
+                validating = _due(options.validate_every, number, number == last) and not stopping
+                saving = ending or _due(options.checkpoint_every, number)
+                if not (logging or validating or saving):
+                    continue
+                loss = self._flush(pending, log, pace)
+                metrics = self._evaluate(model, data, "validation", None) if validating else None
+                if metrics is not None:
+                    last_metrics = metrics
+                    log.write("validation", number, metrics)
+                    log.say(f"step {number}: validation " + _words(metrics))
+                    if checkpoint.better(options.best, metrics, best):
+                        best, saving = metrics, True
+                if saving:
+                    log.flush()  # a process killed later still has the lines of its last checkpoint
+                    path = self._save(model, optimizer, data, number, metrics)
+                if ending:
+                    break
+            self._tell_substitutes(loader)
+            if stopping:
+                line = f"stopped after step {number}; --resume goes on from {path}"
+                raise Interrupted(line, stop.signum or signal.SIGINT)
         return FitResult(number, loss, *pace.overall(), step_seconds, last_metrics, path)
+
+    def refuse(self, data: Any) -> None:
+        """Raise a ``UserError`` for what ``fit`` would only find after many steps, or never: no labels."""
+        options = self.config.trainer
+        for split in ["train", "validation"][: 1 + (options.validate_every > 0)]:
+            with self.loader(data, split):
+                pass  # it can be made
+            for task in self.tasks if hasattr(data, "dataset") else ():
+                with suppress(KeyError):  # a task that counts by something else than labels
+                    if not task.count({"label": torch.from_numpy(data.dataset.split(split).labels)}):
+                        raise UserError(f"no sample of the {split} split has a '{task.head}' to learn from")
+        if options.validate_every and not options.best.startswith("share/"):
+            checkpoint.better(options.best, dict.fromkeys(self._names(), 0.0), None)
+
+    def _names(self) -> list[str]:
+        """The metrics of a validation that every model has."""
+        prefix = "" if len(self.tasks) == 1 else "{}/"
+        own = [prefix.format(t.head) + name for t in self.tasks for name in (*t.scores, "loss", "count")]
+        return list(dict.fromkeys([*own, "loss"]))
 
     def steps(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any, first: int = 0
@@ -312,10 +298,10 @@ class Trainer:
         rate, waiting = pace.lap(len(pending), seconds, sum(step.waited for step in pending))
         for step, (*terms, norm) in zip(pending, rows, strict=True):
             loss = sum(task.weight * term for task, term in zip(self.tasks, terms, strict=True))
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss of step {step.number} is {loss}; a lower trainer.lr or trainer.clip may help"
-                )
+            for what, value in (("loss", loss), ("gradient's norm", norm)):
+                if not math.isfinite(value):
+                    advice = "a lower trainer.lr or trainer.clip may help"
+                    raise UserError(f"the {what} of step {step.number} is {value}; {advice}")
             parts = (
                 {f"loss/{t.head}": v for t, v in zip(self.tasks, terms, strict=True)}
                 if len(terms) > 1
@@ -342,21 +328,14 @@ class Trainer:
         then = checkpoint.facts(path)
         checkpoint.refuse_mismatch(path, then["job"], self._identity(data))
         checkpoint.load(path, model, optimizer)
-        best = checkpoint.on_first_rank(lambda: checkpoint.best(checkpoint.steps(options.out), options.best))
+        before = {step: at for step, at in checkpoint.steps(options.out).items() if step <= then["step"]}
+        best = checkpoint.on_first_rank(lambda: checkpoint.best(before, options.best))
         return then["step"], checkpoint.facts(best)["validation"] if best else None
 
     def _identity(self, data: Any) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same run."""
-        names = (
-            "model.",
-            "data.modalities.",
-            "data.seed",
-            "data.augment",
-            "trainer.seed",
-            "trainer.batch_size",
-        )
-        job = {key: value for key, value in flatten(as_dict(self.config)).items() if key.startswith(names)}
-        return job | {"data fingerprint": data.fingerprint[:16]}
+        more = ("data.seed", "data.augment", "trainer.seed", "trainer.batch_size")
+        return identity(self.config, data, *more) | {"data fingerprint": data.fingerprint[:16]}
 
     def _save(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, data: Any, step: int, metrics: Any

@@ -3,14 +3,19 @@
 import errno
 import json
 import os
+import pickle
 import re
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy import ToyData, toy_config, toy_model
 
 from mmfast.errors import UserError
 from mmfast.train import Interrupted, Trainer, checkpoint
+from mmfast.train.log import Log
 
 
 def fit(config, data=None, **options):
@@ -94,6 +99,17 @@ def test_a_job_that_is_not_the_same_is_refused(tmp_path, change, line):
         fit(toy_config(tmp_path, max_steps=4, resume="latest", **change))
 
 
+def test_another_order_of_modalities_is_refused(tmp_path):
+    """Weights over several modalities have the same shape in any order."""
+    fit(config := toy_config(tmp_path, max_steps=2))
+    data = replace(config.data, modalities=dict(reversed(config.data.modalities.items())))
+    swapped = replace(config, data=data, trainer=replace(config.trainer, max_steps=4, resume="latest"))
+    line = r"data.modalities was \['image', 'text'\], now \['text', 'image'\]"
+    for use in (fit, lambda config: Trainer(config, quiet=True).load(toy_model(config))):
+        with pytest.raises(UserError, match=line):
+            use(swapped)
+
+
 def test_other_data_is_refused(tmp_path):
     fit(toy_config(tmp_path, max_steps=2))
     with pytest.raises(UserError, match=r"cannot resume from .*data fingerprint was"):
@@ -142,12 +158,97 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "line"),
+    [
+        ("run.json", b"{}", r"run.json is damaged: wanted step, job, validation, got {}"),
+        ("run.json", b"[]", r"run.json is damaged: wanted step, job, validation, got \[\]"),
+        ("run.json", b"\xff", r"run.json is damaged: 'utf-8' codec can't decode"),
+        (".metadata", b"", r"cannot read the checkpoint .*: .metadata is damaged: EOFError"),
+        (".metadata", b"hello world", r"cannot read the checkpoint .*: .metadata is damaged: UnpicklingError"),
+        (".metadata", pickle.dumps([]), r"cannot read the checkpoint .*: .metadata is damaged: AttributeError"),
+        ("__0_0.distcp", None, r"cannot read the checkpoint .*: a file is damaged"),
+    ],
+)  # fmt: skip
+def test_damage_is_told_in_one_line(tmp_path, file, content, line):
+    result, _ = fit(toy_config(tmp_path, max_steps=2))
+    path = result.checkpoint / file
+    path.write_bytes(bytes(path.stat().st_size) if content is None else content)
+    with pytest.raises(UserError, match=line) as caught:
+        fit(toy_config(tmp_path, max_steps=4, resume="latest"))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_older_checkpoint_that_is_damaged_is_passed_over_and_told(tmp_path, capsys):
+    fit(toy_config(tmp_path, max_steps=4, checkpoint_every=2))
+    (tmp_path / "checkpoints" / "step-00000002" / "run.json").unlink()
+    result, _ = fit(toy_config(tmp_path, max_steps=6, resume="latest"))
+    assert result.steps == 6
+    told = f"mmfast: {tmp_path}/checkpoints/step-00000002 is not a checkpoint: it has no run.json; it is passed over\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_full_disk_hides_no_earlier_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.close", full)
+    with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: No space left"):
+        fit(toy_config(tmp_path / "a", max_steps=2))
+    with pytest.raises(ZeroDivisionError):
+        fit(toy_config(tmp_path / "b", max_steps=2), on_step=lambda _: 1 / 0)
+    log = Log(tmp_path / "c", first=0, last=1, active=True)
+    with pytest.raises(UserError):
+        log.close()
+    assert log.file.closed
+
+
 def test_a_folder_in_use_is_refused_or_overwritten(tmp_path):
     fit(toy_config(tmp_path, max_steps=4))
     with pytest.raises(UserError, match=r"already holds checkpoints up to step 4"):
         fit(toy_config(tmp_path, max_steps=2))
     fit(toy_config(tmp_path, max_steps=2, overwrite=True))
     assert names(tmp_path) == ["step-00000002"] and sorted(losses(tmp_path)) == [1, 2]
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
+    assert [event.step for event in events] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"batch_size": 4}, "trainer.batch_size was 8, now 4"),
+        ({"max_steps": 2}, "step 2 of 2 is reached already"),
+        ({"validate_every": 1, "best": "acuracy"}, "trainer.best is 'acuracy'; validation has accuracy, loss, count"),
+    ],
+)  # fmt: skip
+def test_a_refused_run_overwrites_nothing(tmp_path, change, line):
+    fit(toy_config(tmp_path, max_steps=6, checkpoint_every=2, keep=9))
+    before = names(tmp_path)
+    path = str(tmp_path / "checkpoints" / before[0])
+    with pytest.raises(UserError, match=line):
+        fit(toy_config(tmp_path, resume=path, overwrite=True, **change))
+    assert names(tmp_path) == before
+    fit(toy_config(tmp_path, resume=path, overwrite=True, max_steps=4))
+    assert names(tmp_path) == before[:2]
+
+
+def test_a_run_without_a_validation_split_is_refused_before_its_first_step(tmp_path):
+    with pytest.raises(KeyError, match="validation"):  # as the toy has it
+        fit(toy_config(tmp_path, validate_every=9), ToyData(sizes={"train": 37}))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_killed_run_has_the_validation_of_its_last_checkpoint(tmp_path, monkeypatch):
+    saved = checkpoint.save
+    seen = []
+
+    def save(*arguments, **options):
+        seen.append((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+        return saved(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    fit(toy_config(tmp_path, max_steps=2, validate_every=2))
+    assert json.loads(seen[0])["kind"] == "validation"
 
 
 def test_latest_of_nothing_begins_anew_and_a_wrong_path_is_named(tmp_path):
@@ -169,3 +270,24 @@ def test_ctrl_c_ends_after_the_step_with_a_checkpoint(tmp_path):
         fit(toy_config(tmp_path, max_steps=9), on_step=press)
     assert caught.value.signum == 2 and names(tmp_path) == ["step-00000003"]
     assert sorted(losses(tmp_path)) == [1, 2, 3]
+
+
+def test_ctrl_c_in_the_last_step_lets_the_run_end(tmp_path):
+    config = toy_config(tmp_path, max_steps=3, validate_every=9)
+    result, _ = fit(config, on_step=lambda step: step == 3 and os.kill(os.getpid(), 2))
+    assert "accuracy" in result.metrics
+
+
+@pytest.mark.parametrize("at", [3, 9])
+def test_what_could_not_be_read_is_told_at_every_end(tmp_path, capsys, at):
+    class Broken(ToyData):
+        def loader(self, *arguments, **options):
+            made = super().loader(*arguments, **options)
+            made.ledger["train", "key", "image", "why"] = 1
+            return made
+
+    config = toy_config(tmp_path, max_steps=9)
+    with suppress(Interrupted):
+        press = lambda step: step == at and os.kill(os.getpid(), 2)  # noqa: E731
+        Trainer(config).fit(toy_model(config), Broken(), on_step=press)
+    assert "1 components could not be read" in capsys.readouterr().err

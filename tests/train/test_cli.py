@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 from tiny import ROOT, Command, dataset, options
 
 from mmfast.cli import COMMANDS, main
@@ -28,6 +31,26 @@ def losses(out):
     return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
 
 
+def altered(data, to, labels=None, **facts):
+    """A copy of a dataset with other facts, and with ``labels`` for all that it has."""
+    shutil.copytree(data, to)
+    about = json.loads((to / "dataset.json").read_text())
+    (to / "dataset.json").write_text(json.dumps(about | facts))
+    for path in to.glob("*/index.npz") if labels is not None else ():
+        columns = dict(np.load(path))
+        np.savez(path, **columns | {"label": np.full_like(columns["label"], labels)})
+    return to
+
+
+def said(capsys, *arguments):
+    """What a command that fails prints, which must be one line."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("mmfast: error: ") and line.count("\n") == 1
+    return line
+
+
 def test_fit_test_predict_and_resume_from_the_command_line(data, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["fit", *options(data, out, trainer__max_steps=6, trainer__validate_every=3)]) == 0
@@ -42,8 +65,65 @@ def test_fit_test_predict_and_resume_from_the_command_line(data, tmp_path, capsy
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [a["key"] for a in answers] == [f"test-{i:03d}" for i in range(10)]
     assert {a["label"] for a in answers} <= {"a", "b", "c"}
+    unread = lambda *_: pytest.fail("it predicted first")  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmfast.train.Trainer.predict", unread)
+        told = said(capsys, "predict", *options(data, out), "--output", tmp_path / "no" / "answers.jsonl")
+    assert "no/answers.jsonl; wanted a file in a folder that can be written" in told
+    assert main(["predict", *options(data, out), "--output", "/dev/null"]) == 0
+    assert Path("/dev/null").is_char_device()
+    assert not list(tmp_path.glob("**/*.partial"))
     assert main(["fit", *options(data, out, trainer__max_steps=8), "--resume"]) == 0
     assert sorted(losses(out)) == list(range(1, 9))
+
+
+def test_a_checkpoint_is_used_only_where_its_weights_mean_the_same(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["fit", *options(data, out, trainer__max_steps=2)]) == 0
+    named = altered(data, tmp_path / "named", classes=["x", "y", "z"])
+    line = (
+        f"cannot use {out}/checkpoints/step-00000002: data classes was ['a', 'b', 'c'], now ['x', 'y', 'z']"
+    )
+    assert line in said(capsys, "predict", *options(named, out))
+    other = altered(data, tmp_path / "other")
+    tokens = json.loads((other / "tokenizer.json").read_text())
+    words = tokens["model"]["vocab"]
+    tokens["model"]["vocab"] = dict(zip(words, [0, 1, *sorted(words.values())[:1:-1]], strict=True))
+    (other / "tokenizer.json").write_text(json.dumps(tokens))
+    assert "data tokenizer was" in said(capsys, "test", *options(other, out))
+    line = "data.modalities.audio.sample_rate was 16000, now 8000"
+    assert line in said(capsys, "test", *options(data, out, data__modalities__audio__sample_rate=8000))
+
+    job = yaml.safe_load((ROOT / "configs" / "stamps.yaml").read_text())
+    encoders = job["model"]["init_args"]["encoders"]
+    job["model"]["init_args"]["encoders"] = {name: encoders[name] for name in ("audio", "text", "image")}
+    (tmp_path / "swapped.yaml").write_text(yaml.safe_dump(job, sort_keys=False))
+    swapped = ["--config", tmp_path / "swapped.yaml", *options(data, out, trainer__max_steps=4)[2:]]
+    line = "model.encoders was ['image', 'text', 'audio'], now ['audio', 'text', 'image']"
+    assert line in said(capsys, "test", *swapped) and line in said(capsys, "fit", *swapped, "--resume")
+
+    bare = altered(data, tmp_path / "bare", labels=-1, classes=[])
+    assert main(["predict", *options(bare, out), "--output", str(tmp_path / "answers.jsonl")]) == 0
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert {a["label"] for a in answers} <= {"a", "b", "c"}
+    assert "the dataset has 0 classes; wanted 1 or more" in said(capsys, "test", *options(bare, out))
+
+
+@pytest.mark.parametrize("command", ["fit", "check"])
+def test_data_that_cannot_teach_is_refused_before_the_first_step(data, tmp_path, capsys, command):
+    run = tmp_path / "run"
+    none = altered(data, tmp_path / "none", labels=-1)
+    assert "no sample of the train split has a 'label'" in said(capsys, command, *options(none, run))
+    bare = altered(data, tmp_path / "bare", labels=-1, classes=[])
+    assert "the dataset has 0 classes" in said(capsys, command, *options(bare, run))
+    part = altered(data, tmp_path / "part", splits={"train": 37})
+    assert "validation" in said(capsys, command, *options(part, run))
+    part = altered(data, tmp_path / "untaught", splits={"test": 10})
+    for each in (command, "plan"):
+        assert "train" in said(capsys, each, *options(part, run))
+    line = said(capsys, command, *options(data, run, trainer__best="acuracy"))
+    assert "trainer.best is 'acuracy'; validation has accuracy, loss, count" in line
+    assert not run.exists()
 
 
 def test_check_and_plan_say_what_a_job_would_use(data, tmp_path, capsys):
@@ -89,6 +169,13 @@ def test_the_shipped_configurations_are_read(name):
         ("width: 64", "width: 3", "ImageResNet.groups: got 32, wanted a divisor of width 3"),
         ("ImageResNet", "ImageResnet", "model: ModelConfig: encoders: there is no class 'ImageResnet'"),
         ("lr: 1.0e-3", "lr: -1", "trainer.lr is -1.0; wanted 0 or more"),
+        ("max_steps: 300", "max_steps: null", "trainer.max_steps is null; wanted int"),
+        ("out: runs/stamps", "out: null", "trainer.out is null; wanted str"),
+        ("out: runs/stamps", "best: null", "trainer.best is null; wanted str"),
+        ("path: data/stamps", "path: data/stamps\n  threads: null", "data.threads is null; wanted int"),
+        ("{class_path: Concat, init_args: {dim: 256}}", "null", "model.fusion is null; wanted FusionConfig"),
+        ("size: 112", "size: null", "data.modalities.image.size is null; wanted int"),
+        ("class_path: Image, ", "", "a Modality with 'size' has no class_path; wanted one of Image, Text, Audio"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_file_is_one_line(tmp_path, capsys, old, new, line):
@@ -96,6 +183,22 @@ def test_a_mistake_in_the_file_is_one_line(tmp_path, capsys, old, new, line):
     path.write_text((ROOT / "configs" / "stamps.yaml").read_text().replace(old, new, 1))
     assert main(["fit", "--config", str(path)]) == 1
     assert capsys.readouterr().err == f"mmfast: error: {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"", "wanted keys of data, model and trainer"),
+        (b"- 1", "wanted keys of data, model and trainer"),
+        (b"a: [1", "Problems parsing config"),
+        (b'data: {path: "\xe9"}', "'utf-8' codec can't decode byte 0xe9"),
+        (b"trainer: null", "trainer is null; wanted TrainerConfig"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(data, tmp_path, capsys, content, line):
+    (path := tmp_path / "job.yaml").write_bytes(content)
+    told = said(capsys, "fit", *options(data, tmp_path / "run"), "--config", path)
+    assert line in told and (str(path) in told or "null" in told)
 
 
 @pytest.mark.parametrize(
@@ -107,12 +210,13 @@ def test_a_mistake_in_the_file_is_one_line(tmp_path, capsys, old, new, line):
         (["fit", "--config", "configs/stamps.yaml", "--data.path=nowhere"], "nowhere"),
         (["fit", "--config", "configs/stamps.yaml", "--trainer.only=[smell]"], "trainer.only has 'smell'"),
         (["test", "--config", "configs/stamps.yaml", "--trainer.out=nowhere"], "nowhere"),
+        (["fit", "--config", "configs/stamps.yaml", "--resume=nowhere"], "there is no checkpoint nowhere"),
         (["test", "--config", "configs/stamps.yaml", "--split=train"], "unknown configuration key 'split'"),
     ],
 )  # fmt: skip
 def test_a_mistake_on_the_command_line_is_one_line(monkeypatch, tmp_path, capsys, data, arguments, line):
     monkeypatch.chdir(ROOT)
-    if arguments[0] == "test":
+    if arguments[0] == "test" or "--resume=nowhere" in arguments:
         arguments = [*arguments, f"--data.path={data}"]
     assert main(arguments) == 1
     said = capsys.readouterr().err

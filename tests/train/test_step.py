@@ -174,8 +174,27 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(tmp_path):
     assert not list((tmp_path / "checkpoints").glob("step-*"))
 
 
+def test_a_gradient_that_is_not_finite_is_not_saved(tmp_path):
+    task = Task(
+        "label", lambda y, batch: (y * 0).square().sum().sqrt(), lambda batch: batch["label"].ge(0).sum()
+    )
+    config = toy_config(tmp_path, max_steps=1)
+    with pytest.raises(UserError, match=r"the gradient's norm of step 1 is nan"):
+        Trainer(config, [task], quiet=True).fit(toy_model(config), ToyData())
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
 @pytest.mark.parametrize(
-    "fault", [{"batch_size": 0}, {"lr": -1.0}, {"precision": "fp16"}, {"precision": "fp8"}]
+    "fault",
+    [
+        {"batch_size": 0},
+        {"lr": -1.0},
+        {"precision": "fp16"},
+        {"precision": "fp8"},
+        {"stop_after": 0},
+        {"betas": (1.0, 2.0)},
+        {"seed": 2**70},
+    ],
 )
 def test_a_setting_that_means_nothing_is_named(tmp_path, fault):
     with pytest.raises(UserError, match=f"trainer.{next(iter(fault))}"):

@@ -33,14 +33,11 @@ def build_model(config: ModelConfig | ArticleConfig, data: DataLike) -> FusionMo
 
     Raises:
         UserError: an encoder for a modality that the data does not have, or for tensors of another kind;
-            data without classes; a modality whose name no part of a model can have.
+            data without classes.
     """
     if not data.num_classes:
         raise UserError("data.path: the dataset has 0 classes; wanted 1 or more")
     modalities = data.modalities
-    for name in modalities:
-        if not name or "." in name or hasattr(nn.ModuleDict(), name):
-            raise UserError(f"data.modalities has {name!r}; wanted a name that PyTorch can give to a module")
     if isinstance(config, ArticleConfig):
         return ArticleModel(modalities, data.vocab_size, data.num_classes, config.dim)
     for name in config.encoders:

@@ -39,7 +39,7 @@ def test_empty_images_are_channels_last():
         (lambda: DataConfig(path="x", modalities={"label": Text()}), "'label' is a key of every batch"),
         (
             lambda: DataConfig(path="x", modalities={"values": Text()}),
-            "got the name 'values', wanted a Python",
+            "got the name 'values', wanted one without dots",
         ),
         (lambda: DataConfig(path="x", modalities={"cam.left": Image()}), "got the name 'cam.left'"),
         (lambda: DataConfig(path="x", modalities={"": Text()}), "got the name ''"),

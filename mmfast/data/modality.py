@@ -178,8 +178,8 @@ class DataConfig:
         for name in self.modalities:
             if not name or "." in name or hasattr(nn.ModuleDict(), name):  # a model keeps its encoders in one
                 raise UserError(
-                    f"data.modalities: got the name {name!r}, wanted one without dots that torch's ModuleDict "
-                    "does not use itself"
+                    f"data.modalities: got the name {name!r}, wanted one without dots that torch's "
+                    "ModuleDict does not use itself"
                 )
         if not -(2**63) <= self.seed < 2**63:
             raise UserError(f"data.seed: got {self.seed}, wanted a number of 64 bits")

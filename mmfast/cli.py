@@ -138,13 +138,10 @@ def predict(arguments: list[str]) -> int:
     trainer = Trainer(config)
     found = trainer.find(options.checkpoint)
     path = Path(options.output or Path(config.trainer.out) / f"predictions-{options.split}.jsonl")
-    # an older file stays whole until all answers are there; a device or a link is written as it is
-    direct = path.is_symlink() or (path.exists() and not path.is_file())
-    place = path if direct else path.with_name(f".{path.name}.partial")
 
     def refuse() -> None:  # now, not after all predictions
-        if path.is_dir() or not os.access(path if direct else path.parent, os.W_OK):
-            raise UserError(f"cannot write {path}; wanted a file in a folder that can be written")
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UserError(f"cannot write {path}; wanted a file that can be written")
 
     checkpoint.on_first_rank(refuse)
     model, data = build(config, checkpoint.facts(found)["job"].get("data classes", ()))
@@ -152,13 +149,11 @@ def predict(arguments: list[str]) -> int:
     answers = trainer.predict(model, data, options.split, options.only)
     if trainer.world.rank == 0:
         index, classes = data.dataset.split(options.split), data.classes
-        with naming(path), open(place, "w") as file:
+        with naming(path), open(path, "w") as file:
             for sample, row in zip(answers.id.tolist(), answers.probability.tolist(), strict=True):
                 chosen = max(range(len(row)), key=row.__getitem__)
                 answer = {"key": index.key(sample), "label": classes[chosen], "probability": row[chosen]}
                 file.write(json.dumps(answer | {"probabilities": row}) + "\n")
-        if not direct:
-            place.replace(path)
         print(f"{len(answers.id)} predictions in {path}")
     return 0
 
@@ -230,5 +225,5 @@ def _config(command: str, arguments: list[str]) -> "Config":
         at = arguments.index("--resume")
         given = at + 1 < len(arguments) and not arguments[at + 1].startswith("-")
         arguments[at : at + 1 + given] = ["--trainer.resume", arguments[at + 1] if given else "latest"]
-    own = globals()[command].__doc__.replace("``", "")  # the options that are not keys
+    own = (globals()[command].__doc__ or "").replace("``", "")  # the options that are not keys
     return parse(arguments, f"mmfast {command}", own)

@@ -99,7 +99,8 @@ class ConcatLinear(nn.Module):
         if sum(in_features) != linear.in_features:
             parts = " + ".join(map(str, in_features))
             raise ValueError(f"from_linear: in_features is {parts}, wanted a sum of {linear.in_features}")
-        weight, bias = linear.weight, linear.bias
+        with torch.enable_grad():  # a parametrised weight is computed: whether it is frozen has to show
+            weight, bias = linear.weight, linear.bias
         layer = cls(
             in_features, linear.out_features, bias is not None, device=weight.device, dtype=weight.dtype
         )

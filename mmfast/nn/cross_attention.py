@@ -133,7 +133,8 @@ class CrossModalAttention(nn.Module):
         )
         if packed is None:  # a width of its own for keys and values
             query = attention.q_proj_weight
-            key_value = torch.cat([attention.k_proj_weight, attention.v_proj_weight])
+            with torch.enable_grad():  # whether it is frozen has to show
+                key_value = torch.cat([attention.k_proj_weight, attention.v_proj_weight])
         else:
             query, key_value = packed[:width], packed[width:]
         projection = layer.sources[source]

@@ -193,7 +193,7 @@ def _project(
     projected = []
     for i, (layer, x) in enumerate(zip(layers, inputs, strict=True)):
         x, there = x if x.dim() > 1 else x[None], present[:, i]
-        if x.dim() <= len(lead) or len(x) != lead[0]:  # its rows are all samples': one that has it is enough
+        if x.dim() <= len(lead) or x.shape[:1] != lead[:1]:  # all samples share it: one that has it is enough
             there = there.any().expand(len(x))
         projected.append(layer([x], present=there[:, None]))
     return projected

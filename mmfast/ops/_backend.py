@@ -67,8 +67,9 @@ def autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     dtype = torch.get_autocast_dtype(device)
 
     def cast(t: Tensor | None) -> Tensor | None:
-        cast = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
-        return t.to(dtype) if cast and t is not None else t
+        if not isinstance(t, Tensor) or not t.is_floating_point() or t.dtype == torch.float64:
+            return t
+        return t.to(dtype)
 
     return tuple(cast(t) for t in tensors)
 
@@ -144,7 +145,7 @@ def choose(op: str, device: torch.device) -> str:
     Raises:
         ValueError: the forced backend cannot run there; the message says why.
     """
-    transformed = not torch.compiler.is_compiling() and _transformed()
+    transformed = _transformed()
     if _forced is None:
         return "reference" if transformed else _automatic(op, device)
     _require(op, device.type, _forced)
@@ -153,6 +154,8 @@ def choose(op: str, device: torch.device) -> str:
     return _forced
 
 
+# What Dynamo captures inside such a transform is captured while it is on.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _transformed() -> bool:
     """Whether tensors may be more than the numbers that a kernel reads: tangents would be lost."""
     return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None

@@ -260,8 +260,11 @@ def on_first_rank(action: Callable[[], T]) -> T:
     if dist.get_rank() == 0:
         try:
             told[0] = action()
-        except (OSError, UserError) as error:
+        except Exception as error:  # whatever it is: the others wait
             told[1] = error
+            if not isinstance(error, OSError | UserError):  # it may not travel
+                told[1] = RuntimeError(f"{type(error).__name__}: {error}")
+                told[1].__cause__ = error
     dist.broadcast_object_list(told, 0)
     if told[1] is not None:
         raise told[1]

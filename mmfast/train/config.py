@@ -149,12 +149,14 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def identity(config: Config, data: Any = None, *more: str) -> dict[str, Any]:
-    """What gives weights their meaning, as flat values: model, modalities, classes, tokenizer; ``more`` keys.
+    """What gives weights their meaning, as flat values: model, modalities, classes, tokenizer.
 
-    An order is part of it: a matrix over several encoders has the same shape in any.
+    An order is part of it: a matrix over several encoders has the same shape in any. ``more`` keys, and what
+    acts in training only, give a training's steps theirs.
     """
-    names = ("model.", "data.modalities", *more)
-    same = {key: value for key, value in flatten(as_dict(config)).items() if key.startswith(names)}
+    names, only = ("model.", "data.modalities", *more), () if more else (".crop_scale", ".flip")
+    flat = flatten(as_dict(config)).items()
+    same = {key: value for key, value in flat if key.startswith(names) and not key.endswith(only)}
     if data is not None:
         same["data classes"] = list(getattr(data, "classes", ()))
         if path := getattr(data, "_tokenizer", None):

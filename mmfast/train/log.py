@@ -21,7 +21,7 @@ class Log:
     ``repr`` has them. A resumed run drops the lines of steps that it takes again.
     """
 
-    def __init__(self, out: str | Path, *, first: int, last: int, active: bool, quiet: bool = False) -> None:
+    def __init__(self, out: str | Path, first: int, last: int, *, active: bool, quiet: bool = False) -> None:
         """Open the log of a run that takes the steps ``first + 1`` to ``last``."""
         self.active = active
         if not active:

@@ -83,12 +83,15 @@ class Trainer:
                 f"step {first} of {last} is reached already: trainer.max_steps leaves nothing to do"
             )
         checkpoint.on_first_rank(lambda: checkpoint.drop(options.out, after=first))
-        log = Log(options.out, first=first, last=last, active=self.world.rank == 0, quiet=self.quiet)
         pending: list[Step] = []
         step_seconds: list[float] = []
         last_metrics: dict[str, float] = {}
         pace = Pace(options.batch_size)
-        with StopRequest() as stop, self.loader(data, "train", start_step=first) as loader, log:
+        with (
+            StopRequest() as stop,
+            Log(options.out, first, last, active=self.world.rank == 0, quiet=self.quiet) as log,
+            self.loader(data, "train", start_step=first) as loader,
+        ):
             for step in self.steps(model, optimizer, loader, first):
                 pending.append(step)
                 step_seconds.append(step.seconds)
@@ -129,9 +132,10 @@ class Trainer:
         for split in ["train", "validation"][: 1 + (options.validate_every > 0)]:
             with self.loader(data, split):
                 pass  # it can be made
-            for task in self.tasks if hasattr(data, "dataset") else ():
+            for task in self.tasks if hasattr(getattr(data, "dataset", None), "split") else ():
+                labels = torch.from_numpy(data.dataset.split(split).labels).to(self.world.device)
                 with suppress(KeyError):  # a task that counts by something else than labels
-                    if not task.count({"label": torch.from_numpy(data.dataset.split(split).labels)}):
+                    if not task.count({"label": labels}):
                         raise UserError(f"no sample of the {split} split has a '{task.head}' to learn from")
         if options.validate_every and not options.best.startswith("share/"):
             checkpoint.better(options.best, dict.fromkeys(self._names(), 0.0), None)

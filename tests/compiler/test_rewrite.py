@@ -70,7 +70,7 @@ def late_fusions(draw):
     )
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@settings(max_examples=15)
 @given(late_fusions())
 def test_any_composition_is_replaced_by_one_call_without_a_cat(drawn):
     kinds, layer, norm, gated, residual, activation = drawn

@@ -13,7 +13,7 @@ SIZES = st.lists(st.tuples(st.integers(1, 500), st.integers(1, 500)), min_size=1
 
 
 @given(sizes=SIZES, low=st.floats(0.01, 1), seed=st.integers(0, 2**31))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_boxes_lie_inside_their_images(sizes, low, seed):
     sizes = np.array(sizes, np.int64)
     for boxes in (random_boxes(sizes, (low, 1.0), seed, np.arange(len(sizes))), centre_boxes(sizes)):

@@ -14,14 +14,14 @@ SEEDS = st.integers(0, 2**63 - 1)
 
 
 @given(n=st.integers(1, 2000), seed=SEEDS, epoch=st.integers(0, 10**6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_epoch_is_a_permutation(n, seed, epoch):
     order = permute(np.arange(n), n, seed, np.full(n, epoch))
     assert sorted(order.tolist()) == list(range(n))
 
 
 @given(n=SIZES, batch=BATCHES, seed=SEEDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_sample_is_lost_or_doubled_within_an_epoch(n, batch, seed):
     plan = Plan(n, batch, seed)
     steps = -(-3 * n // batch)
@@ -32,7 +32,7 @@ def test_no_sample_is_lost_or_doubled_within_an_epoch(n, batch, seed):
 
 
 @given(n=SIZES, batch=BATCHES, seed=SEEDS, step=st.integers(0, 10**9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_step_does_not_depend_on_the_steps_before_it(n, batch, seed, step):
     first, second = Plan(n, batch, seed), Plan(n, batch, seed)
     second.samples(step + 1)
@@ -41,7 +41,7 @@ def test_a_step_does_not_depend_on_the_steps_before_it(n, batch, seed, step):
 
 
 @given(n=SIZES, batch=BATCHES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_an_evaluation_sees_every_sample_once_in_order(n, batch):
     plan = InOrder(n, batch)
     ids = np.concatenate([plan.samples(step) for step in range(plan.steps_per_epoch)])

@@ -107,8 +107,10 @@ def test_a_graph_of_the_backward_keeps_what_a_checkpoint_makes_anew():
     torch.testing.assert_close(got, torch.autograd.grad(F.silu(x @ w.T).sum(), (x, w)))
 
 
-def test_transforms_and_tangents_take_the_reference():
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_transforms_and_tangents_take_the_reference(how):
     x, w = torch.randn(2, 3), torch.randn(4, 3)
+    run = compiled if how == "compiled" else lambda function: function
 
     def ours(x):
         return concat_linear([x], w, activation="silu").sum()
@@ -117,7 +119,7 @@ def test_transforms_and_tangents_take_the_reference():
         return F.silu(x @ w.T).sum()
 
     for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd, torch.vmap):
-        torch.testing.assert_close(transform(ours)(x), transform(plain)(x))
+        torch.testing.assert_close(run(lambda x, of=transform: of(ours)(x))(x), transform(plain)(x))
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x, torch.ones_like(x))
         got, wanted = (forward_ad.unpack_dual(f(dual)).tangent for f in (ours, plain))

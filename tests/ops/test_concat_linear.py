@@ -146,7 +146,7 @@ def laid_out(x, how):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_any_shape_broadcast_presence_and_layout(name):
-    @settings(max_examples=100 if name == "cpu" else 25, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=100 if name == "cpu" else 25)
     @given(problems())
     def every(values):
         check(on(name), reference.concat_linear, values, torch.float32, runs=1 if name == "triton" else None)
@@ -156,7 +156,7 @@ def test_any_shape_broadcast_presence_and_layout(name):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_any_shape_compiled(name):
-    @settings(max_examples=4, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=4)
     @given(problems())
     def every(values):
         check(compiled(on(name)), reference.concat_linear, values, torch.float32, runs=1)

@@ -119,7 +119,7 @@ def problems(draw):
 
 
 @given(problems())
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_mix_of_dense_and_pooled_sources(problem):
     check(**problem)
 

@@ -122,7 +122,7 @@ def laid_out(x, how):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_any_shape_presence_and_layout(name):
-    @settings(max_examples=40 if name == "cpu" else 8, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=40 if name == "cpu" else 8)
     @given(any_problem())
     def every(arguments):
         check(ours(name), MEANT, arguments, torch.float32)

@@ -359,7 +359,7 @@ needs_cpu = pytest.mark.skipif("cpu" not in KERNELS, reason="the CPU kernels wer
     dtype=st.sampled_from([torch.float32, torch.float32, torch.float64, torch.float16]),
     isa=st.sampled_from(ISAS),
 )
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_any_shape_visibility_and_layout(arguments, dtype, isa):
     # of few numbers a gradient's error in bfloat16, like the reference's, is a matter of luck
     many = all(key.shape[2] == 0 or key.shape[2] >= 40 for key, _ in arguments["sources"])
@@ -371,7 +371,7 @@ def test_any_shape_visibility_and_layout(arguments, dtype, isa):
 
 @pytest.mark.skipif("triton" not in KERNELS, reason="there is no Triton here")
 @given(arguments=problems([2, 2, 2, 0], [1, 2], [17, 40, 40, 0], [0, 1, 7, 20, 50]))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_any_shape_visibility_and_layout_on_triton(arguments):
     check_problem("triton", arguments, runs=1)
 

@@ -177,7 +177,7 @@ def test_any_layout(split, how, dtype):
     st.sampled_from(DTYPES),
     st.sampled_from(["many", "one"]),
 )
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_shape_visibility_and_layout(split, arguments, dtype, splits):
     split(splits)
     check_forward(arguments, dtype)

@@ -215,7 +215,8 @@ def test_causal_sources_are_named():
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 24, "vdim": 24}])
 def test_a_multihead_attention_becomes_one(options):
     theirs = randomised(nn.MultiheadAttention(E, H, batch_first=True, dtype=torch.float64, **options)).eval()
-    ours = CrossModalAttention.from_multihead(theirs, "image")
+    with torch.no_grad():
+        ours = CrossModalAttention.from_multihead(theirs, "image")
     assert not ours.training and all(parameter.requires_grad for parameter in ours.parameters())
     frozen = CrossModalAttention.from_multihead(copy.deepcopy(theirs).requires_grad_(False))
     assert not any(parameter.requires_grad for parameter in frozen.parameters())

@@ -57,6 +57,9 @@ def test_from_linear_gives_the_outputs_of_the_linear_layer():
         assert layer.state_dict().keys() == linear.state_dict().keys() and not layer.training
         assert layer.weight is not linear.weight and layer.weight.dtype == torch.float64
         close(layer(inputs), linear(torch.cat(inputs, -1)))
+    with torch.no_grad():
+        layer = ConcatLinear.from_linear(torch.nn.utils.parametrizations.weight_norm(nn.Linear(12, 7)), SIZES)
+    assert all(parameter.requires_grad for parameter in layer.parameters())
     frozen = torch.nn.utils.parametrizations.weight_norm(nn.Linear(12, 7).double()).requires_grad_(False)
     layer = ConcatLinear.from_linear(frozen, SIZES)
     assert not any(parameter.requires_grad for parameter in layer.parameters())
@@ -247,6 +250,8 @@ def test_a_source_of_all_samples_is_absent_by_sample(make):
     present = torch.tensor([[1, 1], [1, 0], [0, 1], [0, 0]]).bool()
     for shared in (b[0], b[:1], b[0, 0]):
         close(layer([a, shared], present=present), layer([a, shared.expand(4, 4, 8)], present=present))
+    with pytest.raises(ValueError, match="present"):
+        layer([a[0, 0], b[0, 0]], present=present)
     nobody = present & torch.tensor([True, False])
     nan = torch.full((4, 8), torch.nan, dtype=torch.float64)
     layer([a, nan], present=nobody).sum().backward()

@@ -123,7 +123,7 @@ def problems(draw):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_any_shape_layout_and_option(name):
-    @settings(max_examples=120, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=120)
     @given(problems())
     def every(arguments):
         check(on(name), reference.group_norm, arguments, torch.float32)

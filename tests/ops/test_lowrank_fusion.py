@@ -118,7 +118,7 @@ def laid_out(t, how):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_any_size_presence_and_layout(name):
-    @settings(max_examples=60 if name == "cpu" else 6, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=60 if name == "cpu" else 6)
     @given(problems())
     def every(arguments):
         check(on(name), reference.lowrank_fusion, arguments, torch.float32, upstreams=4, runs=1)

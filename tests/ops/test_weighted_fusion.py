@@ -121,7 +121,7 @@ def laid_out(x, how):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_any_shape_broadcast_presence_and_layout(name):
-    @settings(max_examples=80 if name == "cpu" else 25, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=80 if name == "cpu" else 25)
     @given(problems())
     def every(arguments):
         check(on(name), reference.weighted_fusion, arguments, torch.float32, upstreams=4, runs=1)

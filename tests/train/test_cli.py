@@ -69,10 +69,9 @@ def test_fit_test_predict_and_resume_from_the_command_line(data, tmp_path, capsy
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmfast.train.Trainer.predict", unread)
         told = said(capsys, "predict", *options(data, out), "--output", tmp_path / "no" / "answers.jsonl")
-    assert "no/answers.jsonl; wanted a file in a folder that can be written" in told
+    assert "no/answers.jsonl; wanted a file that can be written" in told
     assert main(["predict", *options(data, out), "--output", "/dev/null"]) == 0
     assert Path("/dev/null").is_char_device()
-    assert not list(tmp_path.glob("**/*.partial"))
     assert main(["fit", *options(data, out, trainer__max_steps=8), "--resume"]) == 0
     assert sorted(losses(out)) == list(range(1, 9))
 

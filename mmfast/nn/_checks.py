@@ -48,10 +48,13 @@ def require_flags(layer: nn.Module, argument: str, given: Any, *shapes: tuple[in
         raise wrong(_name(layer), argument, described(given), f"bool {wanted}")
 
 
-def require(layer: nn.Module, fits: bool, argument: str, got: object, wanted: str) -> None:
-    """What ``wanted`` says."""
+def require(layer: nn.Module, fits: bool, argument: str, got: Any, wanted: str, *numbers: int) -> None:
+    """What ``wanted`` says with its ``numbers``: written out only where it is not so, since a size that is
+    made a word is no longer dynamic.
+    """
     if not fits:
-        raise wrong(_name(layer), argument, got, wanted)
+        got = got if isinstance(got, torch.Size | str) else described(got)
+        raise wrong(_name(layer), argument, got, wanted.format(*numbers))
 
 
 def described(given: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mmfast.nn._checks import described, require, require_flags, require_keys, require_names, require_streams
+from mmfast.nn._checks import require, require_flags, require_keys, require_names, require_streams
 from mmfast.nn.concat_linear import ConcatLinear, take
 from mmfast.nn.masking import valid
 from mmfast.ops import cross_attention
@@ -191,9 +191,9 @@ class CrossModalAttention(nn.Module):
         for i, (name, project) in enumerate(self.sources.items()):
             source, length, mask = sources[name], lengths.get(name), masks.get(name)
             fits = source.dim() == 3 and source.shape[0] == batch and source.shape[2] == self.widths[i]
-            require(self, fits, f"{name} in sources", source.shape, f"[{batch}, S, {self.widths[i]}]")
+            require(self, fits, f"{name} in sources", source.shape, "[{}, S, {}]", batch, self.widths[i])
             fits = length is None or (isinstance(length, Tensor) and length.shape == (batch,))
-            require(self, fits, f"{name} in lengths", described(length), f"integers [{batch}]")
+            require(self, fits, f"{name} in lengths", length, "integers [{}]", batch)
             require_flags(self, f"{name} in masks", mask, (batch, source.shape[1]))
             there = _there(source, length, mask, None if present is None else present[..., i])
             if there is None:

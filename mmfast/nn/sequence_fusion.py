@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mmfast.nn._checks import described, require, require_flags, require_keys, require_streams
+from mmfast.nn._checks import require, require_flags, require_keys, require_streams
 from mmfast.nn.concat_linear import ConcatLinear
 from mmfast.nn.cross_attention import CrossModalAttention, CrossModalBlock, Streams
 from mmfast.nn.masking import masked_mean, valid
@@ -186,9 +186,9 @@ def _tokens(
     for i, (name, projection) in enumerate(project.items()):
         x, length, width = sources[name], lengths.get(name), cast(ConcatLinear, projection).weight.shape[1]
         fits = x.dim() == 3 and len(x) == len(first) and x.shape[2] == width
-        require(layer, fits, f"{name} in sources", x.shape, f"[{len(first)}, S, {width}]")
+        require(layer, fits, f"{name} in sources", x.shape, "[{}, S, {}]", len(first), width)
         fits = length is None or (isinstance(length, Tensor) and length.shape == (len(x),))
-        require(layer, fits, f"{name} in lengths", described(length), f"integers [{len(x)}]")
+        require(layer, fits, f"{name} in lengths", length, "integers [{}]", len(x))
         if length is None:
             length = torch.full((len(x),), x.shape[1], dtype=torch.int64, device=x.device)
         length = length.clamp(0, x.shape[1])

@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import re
 import struct
 
 import numpy as np
@@ -320,9 +321,13 @@ def flac(samples):
     ids=["nan", "inf", "1e25", "2 GHz", "100 MHz", "flac streamed", "flac without end", "flac too short"],
 )
 def test_sounds_whose_numbers_cannot_be_are_refused(decoder, data, message):
-    with pytest.raises(UndecodableError, match=message):
-        check_audio(data)
-        make(decoder, AUDIO)([AudioFile(data)])
+    try:
+        check_audio(data)  # before decoding, where it can be known then
+    except UndecodableError as error:
+        assert re.search(message, str(error))
+    else:
+        with pytest.raises(UndecodableError, match=message):
+            make(decoder, AUDIO)([AudioFile(data)])
 
 
 def test_a_flac_that_promises_too_much_does_not_ask_for_its_memory():

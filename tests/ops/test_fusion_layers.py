@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from check import compiled
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from mmfast.nn import (
     BottleneckFusion,
@@ -284,3 +285,19 @@ def test_a_mean_over_many_steps_stays_in_the_range_of_float16():
     steps = torch.full((2, 2000, 4), 100.0).half()
     mean = masked_mean(steps, torch.tensor([2000, 1000]))
     assert mean.dtype == torch.float16 and torch.equal(mean, torch.full((2, 4), 100.0).half())
+
+
+@pytest.mark.parametrize("make", RESET.values(), ids=RESET)
+def test_a_new_batch_size_compiles_once_more_and_never_again(make):
+    torch._dynamo.reset()
+    counter, layer = CompileCounter(), make()
+    call = torch.compile(layer, backend=counter, fullgraph=True)
+    for batch, steps in ((4, 6), (5, 7), (6, 8), (9, 11)):
+        present = torch.ones(batch, 3).bool()
+        if make in VECTORS.values():
+            call([torch.randn(batch, d) for d in SIZES], present=present)
+            continue
+        sources = {name: torch.randn(batch, steps, d) for name, d in DIMS.items()}
+        query = [torch.randn(batch, 3, 8)] * isinstance(layer, CrossModalAttention)
+        call(*query, sources, lengths={"text": torch.full((batch,), 2)}, present=present)
+    assert counter.frame_count == 2

@@ -34,7 +34,10 @@ const char* launch(const Attention& a, Type type, void* stream) {
     static_assert(sizeof(Memory) <= 163 * 1024, "what a block may ask for on sm_80");
     const auto attend = attend_kernel<T, Memory::kDepth>;
     error = cudaFuncSetAttribute(attend, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Memory));
-    if (error != cudaSuccess) return;
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // so that it is told here, and not by whoever asks next
+      return;
+    }
     const dim3 blocks(static_cast<unsigned>(both * blocks_of(a)), static_cast<unsigned>(a.splits));
     attend<<<blocks, kThreads, sizeof(Memory), s>>>(a);
     merge_kernel<T><<<static_cast<unsigned>((rows + kWarps - 1) / kWarps), kThreads, 0, s>>>(a);

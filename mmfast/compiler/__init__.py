@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.fx import Graph, GraphModule, Node
@@ -19,7 +20,7 @@ from mmfast.compiler import (
     _multihead_attention,
     _worth,
 )
-from mmfast.compiler._graph import Body, inner_graphs, where, write
+from mmfast.compiler._graph import Body, Make, inner_graphs, storages, where, write
 from mmfast.compiler._match import Left, Match
 
 PATTERNS = (_concat_linear, _contrastive_loss, _cross_attention, _multihead_attention)
@@ -91,8 +92,15 @@ def _rewrite(body: Body, only_faster: bool) -> list[Finding]:
     found = _spare(graph, found)
     matches = [match for match in found if isinstance(match, Match)]
     instead: dict[Node, Node] = {}
+    given_back = set[str]()
     for match in sorted(matches, key=lambda match: body.order[match.last]):
-        new = write(graph, match.call, match.last, instead)
+        call = match.call
+        if storages([match.last]) & body.given_back:
+            # AOTAutograd makes one call of two alike, and then one tensor of two outputs
+            if match.op in given_back and call.function is not torch.clone:
+                call = Make(torch.clone, (call,))
+            given_back.add(match.op)
+        new = write(graph, call, match.last, instead)
         new.meta = match.last.meta.copy()
         match.last.replace_all_uses_with(new)
         instead[match.last] = new

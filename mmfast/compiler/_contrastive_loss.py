@@ -203,15 +203,16 @@ def _product(logits: Logits) -> Make | Node:
     """The scale as a tensor."""
     numbers = [by if kind == "mul" else 1 / by for kind, by in logits.scales if not isinstance(by, Node)]
     a = logits.a.meta["example_value"]
+    wide = torch.promote_types(a.dtype, torch.float32)
     scale: Any = None
     for kind, by in logits.scales:
         if isinstance(by, Node):
-            if (dtype := by.meta["example_value"].dtype).itemsize < 4:  # one rounding would shift all logits
-                by = Make(torch.Tensor.to, (by, torch.promote_types(dtype, torch.float32)))
+            if by.meta["example_value"].dtype.itemsize < wide.itemsize:  # one rounding would shift all logits
+                by = Make(torch.Tensor.to, (by, wide))
             by = by if kind == "mul" else Make(torch.reciprocal, (by,))
             scale = by if scale is None else Make(torch.mul, (scale, by))
     if scale is None:
-        options = {"device": a.device, "dtype": torch.promote_types(a.dtype, torch.float32)}
+        options = {"device": a.device, "dtype": wide}
         return Make(torch.full, ((), math.prod(numbers, start=1.0)), options)
     return Make(torch.mul, (scale, math.prod(numbers))) if numbers else scale
 

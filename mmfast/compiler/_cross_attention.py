@@ -142,7 +142,9 @@ def _written_out(node: Node) -> Attention | None:
         return None
     if argument(weights, 1, "dim") not in (-1, 3):
         found.why = "its softmax is not over the keys"
-    logits = step(weights)
+    made, logits = value(weights), step(weights)
+    if (known := value(logits)) is None or made is None or made.dtype.itemsize < known.dtype.itemsize:
+        return None
     while name(logits) != "matmul":
         kind, after = name(logits), argument(logits, 0, "input", "self") if name(logits) else None
         if kind in ("mul", "div"):

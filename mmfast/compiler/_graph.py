@@ -82,6 +82,11 @@ ASSERTIONS = {
     torch._check, torch._check_is_size, torch._assert, torch.ops.aten._assert_scalar.default,
     torch.ops.aten._assert_async.msg,
 }  # fmt: skip
+# What a tensor is, but not what it holds, changes with these: the graph shows it as it is afterwards.
+RECASTS = {
+    "as_strided_", "detach_", "requires_grad_", "resize_", "resize_as_", "set_", "squeeze_", "swapaxes_",
+    "swapdims_", "t_", "transpose_", "unsqueeze_",
+}  # fmt: skip
 OTHERWISE = {"out", "rounding_mode"}  # with these a function is another one
 OURS = ("mmfast.",)
 FROM_TORCH = ("torch", "_operator", "math", "builtins")
@@ -205,6 +210,12 @@ class Body:
         self.modes: dict[Node, tuple[int, tuple[Any, ...]]] = {}
         self.edits = [(node, storages(edited(node))) for node in graph.nodes]
         self.edits = [(node, where) for node, where in self.edits if where]
+        self.recast = storages(
+            read
+            for node in graph.nodes
+            if getattr(node.target, "__name__", node.target) in RECASTS
+            for read in node.all_input_nodes[:1]
+        )
         self.given_back = storages(graph.output_node().all_input_nodes)
         self.differentiates = any(node.target is torch.autograd.grad for node in graph.nodes)
         # Of what is given; where a size is made of others, it is read from the data.
@@ -213,6 +224,7 @@ class Body:
         entered: list[tuple[Any, ...]] = [()]
         if around is not None and at is not None:
             self.differentiates, self.sizes = around.differentiates, around.sizes
+            self.recast |= around.recast
             entered = [around.modes[at][1]]
         mode = 0
         for node in graph.nodes:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
-from mmfast.compiler._graph import Body, Make, argument, name, nodes_of, same, shape, value
+from mmfast.compiler._graph import Body, Make, argument, name, nodes_of, same, shape, storages, value
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,8 @@ def unsound(body: Body, match: Match) -> str:
         return "gradients are taken inside the graph, and the op has no second derivative"
     if any(map(_hooks, (user for node in match.fused - {match.last} for user in node.users))):
         return "a hook waits for the gradient of a part of it"
+    if body.recast & storages([*match.fused, *nodes_of(match.call)]):
+        return "its shape, or whether it has a gradient, is changed in place"
     wanted = match.last.meta["example_value"]
     given = [node for node in nodes_of(match.call) if isinstance(node.meta.get("example_value"), Tensor)]
     if special := [node for node in given if value(node) is None]:

@@ -501,3 +501,51 @@ def test_what_cannot_be_read_is_left():
     call, found, _ = rewritten(along_a_dimension_that_is_given, dynamic=True)
     torch.testing.assert_close(call(a, b, weight, -1), along_a_dimension_that_is_given(a, b, weight, -1))
     assert len(found) == 1 and "cannot be read" in found[0].why
+
+
+def test_two_outputs_are_two_tensors():
+    def twice(a, b, weight):
+        first = F.linear(torch.cat([F.relu(a), b], -1), weight)
+        return first, F.linear(torch.cat([F.relu(a), b], -1), weight)
+
+    a, b, weight = torch.randn(3, 8, requires_grad=True), torch.randn(3, 4), torch.randn(6, 12)
+    call, found, _ = rewritten(twice)
+    first, second = call(a, b, weight)
+    assert [finding.replaced for finding in found] == [True, True]
+    assert first.data_ptr() != second.data_ptr() and torch.equal(first, second)
+
+
+def test_what_is_recast_in_place_is_left():
+    def turned(p, r, weight):
+        p = p * 1
+        y = F.linear(torch.cat([p.expand(2, 2, 4), r.expand(2, 2, 4)], -1), weight)
+        p.transpose_(0, 1)
+        return y, p
+
+    def detached(a, b, weight):
+        y = F.linear(torch.cat([a, b], -1), weight)
+        z = y * 2
+        y.detach_()
+        a.mul_(2)
+        return z
+
+    one, wide = torch.randn(2, 1, 2, 4), torch.randn(4, 8, requires_grad=True)
+    leaf = torch.randn(3, 4, requires_grad=True)
+    for function, inputs in (
+        (turned, lambda: (*one, wide.detach())),
+        (detached, lambda: (leaf * 1, leaf, wide)),
+    ):
+        call, found, _ = rewritten(function)
+        torch.testing.assert_close(call(*inputs()), function(*inputs()))
+        assert len(found) == 1 and "changed in place" in found[0].why
+
+
+def test_a_scale_narrower_than_the_features_keeps_their_digits():
+    def scaled(image, text, scale):
+        logits, target = image @ text.T * scale * 70.7, torch.arange(6)
+        return F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
+
+    inputs = *torch.randn(2, 6, 8, dtype=torch.float64), torch.tensor(0.3)
+    call, (finding,), _ = _found(scaled, *inputs)
+    assert finding.replaced
+    torch.testing.assert_close(call(*inputs), scaled(*inputs), rtol=1e-13, atol=0)

@@ -69,9 +69,8 @@ def contrastive_loss(
             f"contrastive_loss: group is of type {type(group).__name__}, wanted None: "
             "the loss over a process group is not there yet"
         )
-    for name, t in (("a", a), ("b", b), ("logit_scale", logit_scale)):
-        require_tensor("contrastive_loss", name, t)
-    require_tensor("contrastive_loss", "logit_bias", logit_bias, optional=True)
+    require_tensor("contrastive_loss", "a", a)
+    require_tensor("contrastive_loss", "b", b)
     a, b = autocast(a, b)
     _check(a, b, logit_scale, logit_bias, kind, present)
     backend = choose("contrastive_loss", a.device)

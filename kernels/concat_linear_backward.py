@@ -205,7 +205,7 @@ def grad_weight_kernel(
 @triton.jit(do_not_specialize=["rows", "per_sample"])
 def norm_backward_kernel(
     sources, present, num_sources, mean, rstd, norm_weight, total, rows, n1, n2, per_sample,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    SOURCES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the normalised rows into gradients of the rows, in place.
 
@@ -218,7 +218,7 @@ def norm_backward_kernel(
     r = tl.load(rstd + row, mask=inside, other=0.0)[:, None]
     plain = tl.zeros([BLOCK_M], tl.float32)
     along = tl.zeros([BLOCK_M], tl.float32)
-    for i in tl.static_range(len(sources)):
+    for i in tl.static_range(SOURCES):
         source = sources[i]
         seen = rows_with(source.number, row, inside, present, num_sources, per_sample)
         x = source.data + row_offset(row, n1, n2, source.strides)[:, None]
@@ -232,7 +232,7 @@ def norm_backward_kernel(
             along += tl.sum(g * x_hat, 1)
     plain = (plain / total)[:, None]
     along = (along / total)[:, None]
-    for i in tl.static_range(len(sources)):
+    for i in tl.static_range(SOURCES):
         source = sources[i]
         seen = rows_with(source.number, row, inside, present, num_sources, per_sample)
         x = source.data + row_offset(row, n1, n2, source.strides)[:, None]
@@ -384,6 +384,6 @@ def _grad_normed_inputs(
     present, num_sources, per_sample = presence(present, rows)
     norm_backward_kernel[(triton.cdiv(rows, 16),)](
         tuple(sources), present, num_sources, mean, rstd, norm_weight, max(1, weight.shape[1]), rows, n1, n2,
-        per_sample, BLOCK_M=16, BLOCK_K=128,
+        per_sample, SOURCES=len(sources), BLOCK_M=16, BLOCK_K=128,
     )  # fmt: skip
     return [dx.view(*lead, -1).sum_to_size(x.shape).to(x.dtype) for dx, x in zip(grads, inputs, strict=True)]

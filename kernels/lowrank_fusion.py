@@ -46,7 +46,8 @@ class Modality(NamedTuple):
 @triton.jit(do_not_specialize=["rows"])
 def product_kernel(
     out, products, modalities, rank_weight, bias, present, num_sources, rows, ranks, width,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    COUNT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A tile of ``sum over r of rank_weight[r] * product over i of ([x_i, 1] @ factors_i[r]) + bias``."""
     tile = tl.program_id(0)
@@ -59,7 +60,7 @@ def product_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for r in range(ranks):
         product = tl.full([BLOCK_M, BLOCK_N], 1.0, tl.float32)
-        for i in tl.static_range(len(modalities)):
+        for i in tl.static_range(COUNT):
             m = modalities[i]
             seen = rows_with(i, row, inside, present, num_sources, 1)
             x = m.data + row.to(tl.int64)[:, None] * m.row_stride
@@ -134,7 +135,8 @@ def lowrank_fusion(
         grid = (triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(width, options["BLOCK_N"]),)
         product_kernel[grid](
             out, made[1] if save else None, tuple(modalities), rank_weight.contiguous(),
-            None if bias is None else bias.contiguous(), flags, num_sources, rows, ranks, width, **options,
+            None if bias is None else bias.contiguous(), flags, num_sources, rows, ranks, width,
+            COUNT=len(modalities), **options,
         )  # fmt: skip
     return made
 

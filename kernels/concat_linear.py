@@ -29,6 +29,7 @@ from mmfast.kernels._launch import (
     Triple,
     blocks,
     configuration,
+    contiguous,
     dense,
     described,
     lead_of,
@@ -236,6 +237,7 @@ def concat_linear(
     cannot be walked as three (neighbours that every tensor steps through alike count as one).
     """
     lead = lead_of("concat_linear", inputs)
+    bias, norm_weight, norm_bias, gate = contiguous(bias, norm_weight, norm_bias, gate)
     rows, height = lead.numel(), weight.shape[0]
     width = height // 2 if activation == "swiglu" else height
     out = weight.new_empty(*lead, width)

@@ -12,6 +12,7 @@ from mmfast.kernels._activations import activate, derivative, tanh
 from mmfast.kernels._launch import (
     blocks,
     configuration,
+    contiguous,
     dense,
     described,
     lead_of,
@@ -266,6 +267,8 @@ def concat_linear_backward(
         return [weight.new_zeros(shape) for shape, needed in zip(shapes, needs, strict=True) if needed]
 
     weight = dense(weight)
+    norm_weight, norm_bias, gate = contiguous(norm_weight, norm_bias, gate)
+    preact, mean, rstd = contiguous(preact, mean, rstd)
     grads: list[Any] = [None] * len(inputs)
     grad_weight = weight.new_empty(height, depth)
     norm_sums = [weight.new_empty(depth, dtype=torch.float32) for _ in range(2)]

@@ -88,9 +88,12 @@ def refuse_what_triton_3_6_cannot():
     Inside a kernel it makes a tuple anew to give it to a Python function or to compare it (``len(sources)``,
     ``source is None``), and finds no type for a None in it, as for a NamedTuple's. Nor may a function return None.
     """
+    import triton
     from triton.compiler.code_generator import CodeGenerator
     from triton.language import core
 
+    if triton.__version__.startswith("3.6."):
+        return
     make, leave = core.tuple.__init__, CodeGenerator.visit_Return
 
     def make_tuple(self, values, type=None):

@@ -155,17 +155,10 @@ def limits(source, sample, queries, present, present_step, flag_step):
 
 
 @triton.jit
-def flags_of(present, present_step, flag_step, sample, number):
-    """Where the presence of a source begins that each row has for itself; None where it has not."""
-    if flag_step is not None:
-        return present + sample.to(tl.int64) * present_step + number
-    else:
-        return None
-
-
-@triton.jit
 def ends_of(row, queries, limit, lead, flags, flag_step):
-    """How many keys each row sees before the mask."""
+    """How many keys each row sees before the mask; ``flags`` is where the presence begins that each row has
+    for itself.
+    """
     end = tl.where(row < queries, tl.maximum(tl.minimum(limit, row + lead), 0), 0)
     if flags is not None:
         flag = tl.load(flags + row.to(tl.int64) * flag_step, mask=row < queries, other=0)
@@ -195,19 +188,23 @@ def seen_of(source, sample, head, row, queries, present, present_step, flag_step
     bias = bias_of(source_bias, bias_strides, sample, head, number_of(source))
     most, lead = limits(source, sample, queries, present, present_step, flag_step)
     limit = tl.where(bias == float("-inf"), 0, most)
-    flags = flags_of(present, present_step, flag_step, sample, number_of(source))
+    flags = None
+    if flag_step is not None:
+        flags = present + sample.to(tl.int64) * present_step + number_of(source)
     end = ends_of(row, queries, limit, lead, flags, flag_step)  # [M]
     return bias, end, tl.min(tl.where(row < queries, end, limit), 0), most
 
 
 @triton.jit
-def share_of_tiles(sources, sample, queries, present, present_step, flag_step, BLOCK_N: tl.constexpr):
+def share_of_tiles(
+    sources, sample, queries, present, present_step, flag_step, SOURCES: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """The first tile of this split, and how many it has.
 
     The tiles that a sample sees of all sources stand in one row, and every split has as many of them.
     """
     tiles = 0
-    for i in tl.static_range(len(sources)):
+    for i in tl.static_range(SOURCES):
         most, _ = limits(sources[i], sample, queries, present, present_step, flag_step)
         tiles += tl.cdiv(most, BLOCK_N)
     share = tl.cdiv(tiles, tl.num_programs(1))

@@ -130,6 +130,11 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Tensors as a kernel reads them that is told no strides."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
 def walk(lead: torch.Size, tensors: Sequence[Tensor]) -> tuple[Triple, list[Tensor], list[Triple]]:
     """Sizes, tensors and strides for a kernel: copies where ``dense`` or ``collapse`` cannot do without."""
     tensors = [dense(t) for t in tensors]

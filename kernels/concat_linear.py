@@ -26,8 +26,10 @@ from torch import Tensor
 
 from mmfast.kernels._activations import activate, tanh
 from mmfast.kernels._launch import (
+    Triple,
     blocks,
     configuration,
+    contiguous,
     dense,
     described,
     lead_of,
@@ -70,14 +72,14 @@ UNTUNED[100] = {
 @triton.jit
 def statistics_kernel(
     mean, rstd, sources, present, num_sources, eps, total, rows, n1, n2, per_sample,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    SOURCES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1 / standard deviation of every row of the concatenation; the variance around the mean."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
     k = tl.arange(0, BLOCK_K)
     m = tl.zeros([BLOCK_M], tl.float32)
-    for i in tl.static_range(len(sources)):
+    for i in tl.static_range(SOURCES):
         source = sources[i]
         seen = rows_with(source.number, row, inside, present, num_sources, per_sample)
         x = source.data + row_offset(row, n1, n2, source.strides)[:, None]
@@ -85,7 +87,7 @@ def statistics_kernel(
             m += tl.sum(load_tile(x + (k0 + k)[None, :], seen, k0 + k < source.width).to(tl.float32), 1)
     m = m / total
     square = tl.zeros([BLOCK_M], tl.float32)
-    for i in tl.static_range(len(sources)):
+    for i in tl.static_range(SOURCES):
         source = sources[i]
         seen = rows_with(source.number, row, inside, present, num_sources, per_sample)
         x = source.data + row_offset(row, n1, n2, source.strides)[:, None]
@@ -99,9 +101,9 @@ def statistics_kernel(
 @triton.jit(do_not_specialize=["rows", "per_sample"])
 def forward_kernel(
     out, preact, sources, pooled, weight_stride, bias, present, num_sources,
-    mean, rstd, norm_weight, norm_bias, residual, gate, gate_stride,
+    mean, rstd, norm_weight, norm_bias, residual, residual_strides, gate, gate_stride,
     rows, n1, n2, per_sample, width,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    SOURCES: tl.constexpr, POOLED: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """A tile of ``residual + tanh(gate) * activation(norm(cat(sources)) @ weight.T + bias)``."""
@@ -118,7 +120,7 @@ def forward_kernel(
 
     a = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     b = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # swiglu's second half
-    for i in tl.static_range(len(sources)):
+    for i in tl.static_range(SOURCES):
         source = sources[i]
         seen = rows_with(source.number, row, inside, present, num_sources, per_sample)
         x = source.data + row_offset(row, n1, n2, source.strides)[:, None]
@@ -157,7 +159,7 @@ def forward_kernel(
                     tile_w = load_tile(w2 + (k0 + k)[:, None], left, kept)
                 b = tl.dot(tile_x, tile_w, b, input_precision=PRECISION)
 
-    for i in tl.static_range(len(pooled)):
+    for i in tl.static_range(POOLED):
         source = pooled[i]
         seen = rows_with(source.number, row, inside, present, num_sources, per_sample)
         part = source.data + row_offset(row, n1, n2, source.strides)[:, None] + column[None, :]
@@ -183,15 +185,15 @@ def forward_kernel(
     if gate is not None:
         y *= tanh(load_row(gate, column * gate_stride, kept, 0.0))
     if residual is not None:
-        start = row_offset(row, n1, n2, residual.strides)
-        y += load_tile(residual.data + start[:, None] + column[None, :], inside, kept).to(tl.float32)
+        start = row_offset(row, n1, n2, residual_strides)
+        y += load_tile(residual + start[:, None] + column[None, :], inside, kept).to(tl.float32)
     tl.store(out + at, y, mask=both)
 
 
 def _run(
     out: Tensor, preact: Tensor | None, sources: Sequence[Source], pooled: Sequence[Source], weight: Tensor,
     bias: Tensor | None, flags: tuple[Tensor | None, int, int], norm: tuple[Tensor | None, ...],
-    residual: Source | None, gate: Tensor | None, sizes: tuple[int, int, int], activation: str,
+    residual: tuple[Tensor | None, Triple | None], gate: Tensor | None, sizes: Triple, activation: str,
 ) -> None:  # fmt: skip
     """Launches ``forward_kernel`` on rows counted through ``sizes``."""
     rows, width = sizes[0] * sizes[1] * sizes[2], out.shape[-1]
@@ -210,8 +212,8 @@ def _run(
     gate_step = 0 if gate is None or len(gate) == 1 else 1
     forward_kernel[grid](
         out, preact, tuple(sources), tuple(pooled), weight.stride(0), bias, present, num_sources, *norm,
-        residual, gate, gate_step, rows, sizes[1], sizes[2], per_sample, width,
-        ACTIVATION=activation, **options,
+        *residual, gate, gate_step, rows, sizes[1], sizes[2], per_sample, width,
+        SOURCES=len(sources), POOLED=len(pooled), ACTIVATION=activation, **options,
     )  # fmt: skip
 
 
@@ -220,7 +222,7 @@ def _project(x: Tensor, weight: Tensor) -> Tensor:
     out = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=torch.float32)
     sizes, (x,), (strides,) = walk(x.shape[:-1], [x])
     source = Source(x, strides, 0, x.shape[-1], weight)
-    _run(out, None, [source], [], weight, None, (None, 1, 1), (None,) * 4, None, None, sizes, "none")
+    _run(out, None, [source], [], weight, None, (None, 1, 1), (None,) * 4, (None, None), None, sizes, "none")
     return out
 
 
@@ -235,6 +237,7 @@ def concat_linear(
     cannot be walked as three (neighbours that every tensor steps through alike count as one).
     """
     lead = lead_of("concat_linear", inputs)
+    bias, norm_weight, norm_bias, gate = contiguous(bias, norm_weight, norm_bias, gate)
     rows, height = lead.numel(), weight.shape[0]
     width = height // 2 if activation == "swiglu" else height
     out = weight.new_empty(*lead, width)
@@ -268,10 +271,10 @@ def concat_linear(
             norm = mean, rstd, norm_weight, norm_bias
             statistics_kernel[(triton.cdiv(rows, 16),)](
                 mean, rstd, tuple(sources), flags[0], flags[1], norm_eps, max(1, weight.shape[1]), rows,
-                *sizes[1:], flags[2], BLOCK_M=16, BLOCK_K=128,
+                *sizes[1:], flags[2], SOURCES=len(sources), BLOCK_M=16, BLOCK_K=128,
             )  # fmt: skip
         _run(
             out, preact, sources, pooled_sources, weight, bias, flags, norm,
-            Source(*rows_of[-1]) if added else None, gate, sizes, activation,
+            rows_of[-1] if added else (None, None), gate, sizes, activation,
         )  # fmt: skip
     return made

@@ -12,6 +12,7 @@ from mmfast.kernels._activations import activate, derivative, tanh
 from mmfast.kernels._launch import (
     blocks,
     configuration,
+    contiguous,
     dense,
     described,
     lead_of,
@@ -205,7 +206,7 @@ def grad_weight_kernel(
 @triton.jit(do_not_specialize=["rows", "per_sample"])
 def norm_backward_kernel(
     sources, present, num_sources, mean, rstd, norm_weight, total, rows, n1, n2, per_sample,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    SOURCES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the normalised rows into gradients of the rows, in place.
 
@@ -218,7 +219,7 @@ def norm_backward_kernel(
     r = tl.load(rstd + row, mask=inside, other=0.0)[:, None]
     plain = tl.zeros([BLOCK_M], tl.float32)
     along = tl.zeros([BLOCK_M], tl.float32)
-    for i in tl.static_range(len(sources)):
+    for i in tl.static_range(SOURCES):
         source = sources[i]
         seen = rows_with(source.number, row, inside, present, num_sources, per_sample)
         x = source.data + row_offset(row, n1, n2, source.strides)[:, None]
@@ -232,7 +233,7 @@ def norm_backward_kernel(
             along += tl.sum(g * x_hat, 1)
     plain = (plain / total)[:, None]
     along = (along / total)[:, None]
-    for i in tl.static_range(len(sources)):
+    for i in tl.static_range(SOURCES):
         source = sources[i]
         seen = rows_with(source.number, row, inside, present, num_sources, per_sample)
         x = source.data + row_offset(row, n1, n2, source.strides)[:, None]
@@ -266,6 +267,8 @@ def concat_linear_backward(
         return [weight.new_zeros(shape) for shape, needed in zip(shapes, needs, strict=True) if needed]
 
     weight = dense(weight)
+    norm_weight, norm_bias, gate = contiguous(norm_weight, norm_bias, gate)
+    preact, mean, rstd = contiguous(preact, mean, rstd)
     grads: list[Any] = [None] * len(inputs)
     grad_weight = weight.new_empty(height, depth)
     norm_sums = [weight.new_empty(depth, dtype=torch.float32) for _ in range(2)]
@@ -384,6 +387,6 @@ def _grad_normed_inputs(
     present, num_sources, per_sample = presence(present, rows)
     norm_backward_kernel[(triton.cdiv(rows, 16),)](
         tuple(sources), present, num_sources, mean, rstd, norm_weight, max(1, weight.shape[1]), rows, n1, n2,
-        per_sample, BLOCK_M=16, BLOCK_K=128,
+        per_sample, SOURCES=len(sources), BLOCK_M=16, BLOCK_K=128,
     )  # fmt: skip
     return [dx.view(*lead, -1).sum_to_size(x.shape).to(x.dtype) for dx, x in zip(grads, inputs, strict=True)]

@@ -128,7 +128,7 @@ def forward_kernel(
     source_bias, bias_strides, num_sources, scale, queries, heads, group,
     PRECISION: tl.constexpr, DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SOURCES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Output, log-sum-exp, normalizers and masses of a block of queries of one head.
 
@@ -145,13 +145,15 @@ def forward_kernel(
         start_of(query, query_strides, sample, head), query_strides[2], row, real, DEPTH, BLOCK_D
     )  # [M, D]
 
-    number = tl.arange(0, len(sources))[None, :]
-    totals = tl.zeros([BLOCK_M, len(sources)], tl.float32)  # of each source, below the common top
+    number = tl.arange(0, SOURCES)[None, :]
+    totals = tl.zeros([BLOCK_M, SOURCES], tl.float32)  # of each source, below the common top
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if SPLIT:
-        tile, share = share_of_tiles(sources, sample, queries, present, present_step, flag_step, BLOCK_N)
-    for i in tl.static_range(len(sources)):
+        tile, share = share_of_tiles(
+            sources, sample, queries, present, present_step, flag_step, SOURCES, BLOCK_N
+        )
+    for i in tl.static_range(SOURCES):
         source = sources[i]
         bias, end, whole, most = seen_of(
             source, sample, head, row, queries, present, present_step, flag_step, source_bias, bias_strides
@@ -194,7 +196,7 @@ def forward_kernel(
             mask=seen[:, None] & (d < VALUE_DEPTH)[None, :],
         )  # fmt: skip
         tl.store(lse + at, top, mask=real)
-        tl.store(mass + at[:, None] * len(sources) + number, totals, mask=real[:, None])
+        tl.store(mass + at[:, None] * SOURCES + number, totals, mask=real[:, None])
     else:
         store_results(out, lse, normalizers, mass, at, real, acc, top, totals, num_sources, VALUE_DEPTH)
 
@@ -286,7 +288,7 @@ def cross_attention(
             *(results if splits == 1 else (accs, tops, None, totals)), query, query.stride()[:3], sources,
             *presence(present), *bias_of_sources(source_bias), len(keys),
             query.shape[-1] ** -0.5 if scale is None else scale, queries, heads, heads // keys[0].shape[1],
-            **depth, **options, SPLIT=splits > 1,
+            **depth, **options, SOURCES=len(sources), SPLIT=splits > 1,
         )  # fmt: skip
         if splits > 1:
             combine_kernel[(lse.numel(),)](

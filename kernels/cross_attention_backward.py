@@ -19,7 +19,6 @@ from mmfast.kernels._attention import (
     bias_of_sources,
     depths,
     ends_of,
-    flags_of,
     is_finite,
     limits,
     load_rows,
@@ -85,7 +84,7 @@ UNTUNED[100] = {
 def delta_kernel(
     delta, alone, grad, grad_strides, out, out_strides, grad_lse, sources,
     present, present_step, flag_step, source_bias, bias_strides, queries, heads,
-    VALUE_DEPTH: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    SOURCES: tl.constexpr, VALUE_DEPTH: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """``delta = sum(grad * out) - grad_lse``: softmax takes it from the gradient of each weight.
 
@@ -102,7 +101,7 @@ def delta_kernel(
     )
     o = load_rows(start_of(out, out_strides, sample, head), out_strides[2], row, real, VALUE_DEPTH, BLOCK_DV)
     count = tl.zeros([BLOCK_M], tl.int32)
-    for i in tl.static_range(len(sources)):
+    for i in tl.static_range(SOURCES):
         source = sources[i]
         _, end, _, _ = seen_of(
             source, sample, head, row, queries, present, present_step, flag_step, source_bias, bias_strides
@@ -190,7 +189,7 @@ def grad_query_kernel(
     present, present_step, flag_step, source_bias, bias_strides, num_sources, scale, queries, heads, group,
     PRECISION: tl.constexpr, DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SOURCES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a block of queries of one head, and what the block adds to the gradients of the biases.
 
@@ -212,8 +211,10 @@ def grad_query_kernel(
     g, d = normalized(g, tl.load(delta + at, mask=real, other=0.0), normalizers, at, real, PRECISION)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if SPLIT:
-        tile, share = share_of_tiles(sources, sample, queries, present, present_step, flag_step, BLOCK_N)
-    for i in tl.static_range(len(sources)):
+        tile, share = share_of_tiles(
+            sources, sample, queries, present, present_step, flag_step, SOURCES, BLOCK_N
+        )
+    for i in tl.static_range(SOURCES):
         source = sources[i]
         bias, end, whole, most = seen_of(
             source, sample, head, row, queries, present, present_step, flag_step, source_bias, bias_strides
@@ -275,10 +276,11 @@ def grad_source_kernel(
     present, present_step, flag_step, source_bias, bias_strides, scale, queries, kv_heads, group,
     PRECISION: tl.constexpr, DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOURCES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values of one source, over all queries of the heads that read them."""
     blocks = 0
-    for i in tl.static_range(len(sources)):
+    for i in tl.static_range(SOURCES):
         blocks += tl.cdiv(size_of(sources[i]), BLOCK_N)
     both = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -287,7 +289,7 @@ def grad_source_kernel(
     # The blocks of all sources stand in one row. A block is of the last source that begins at it or before
     # it.
     begin = 0
-    for i in tl.static_range(len(sources)):
+    for i in tl.static_range(SOURCES):
         source = sources[i]
         limit_i, lead_i = limits(source, sample, queries, present, present_step, flag_step)
         dense = (both.to(tl.int64)) * size_of(source)
@@ -327,7 +329,9 @@ def grad_source_kernel(
     inside = unmasked(mask, (packed & 4) != 0, k, k < limit)  # [N]
     keys = load_rows(key, key_stride, k, inside, DEPTH, BLOCK_D)  # [N, D]
     values = load_rows(value, value_stride, k, inside, VALUE_DEPTH, BLOCK_DV)  # [N, Dv]
-    flags = flags_of(present, present_step, flag_step, sample, number)
+    flags = None
+    if flag_step is not None:
+        flags = present + sample.to(tl.int64) * present_step + number
     first_row, last_row = tl.maximum(k0 - lead + 1, 0), tl.where(any_of(inside), queries, 0)
     if flags is not None:
         first_present, last_present = rows_with(flags, flag_step, queries, 256)
@@ -418,11 +422,12 @@ def cross_attention_backward(
     delta, alone = torch.empty_like(lse), torch.empty_like(lse, dtype=torch.bool)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     seen_by = (*presence(present), *bias_of_sources(source_bias))
+    sources = sources_of(keys, values, lengths, masks, causal)
     with on(query.device):
         delta_kernel[(batch * heads * triton.cdiv(queries, 8),)](
             delta, alone, grad, grad.stride()[:3], out, out.stride()[:3],
             None if grad_lse is None else grad_lse.contiguous(),
-            sources_of(keys, values, lengths, masks, causal), *seen_by, queries, heads,
+            sources, *seen_by, queries, heads, SOURCES=len(sources),
             VALUE_DEPTH=depth["VALUE_DEPTH"], BLOCK_DV=depth["BLOCK_DV"], BLOCK_M=8,
         )  # fmt: skip
         upstream = grad, grad.stride()[:3], lse, normalizers, delta, alone, query, query.stride()[:3]
@@ -436,8 +441,8 @@ def cross_attention_backward(
             if grad_query is not None and splits > 1:
                 parts = lse.new_empty(splits, *query.shape)
             grad_query_kernel[batch * heads * blocks, splits](
-                parts, bias_sum, *upstream, sources_of(keys, values, lengths, masks, causal), *seen_by,
-                n, scale, queries, heads, heads // kv_heads, **depth, **options, SPLIT=splits > 1,
+                parts, bias_sum, *upstream, sources, *seen_by, n, scale, queries, heads, heads // kv_heads,
+                **depth, **options, SOURCES=len(sources), SPLIT=splits > 1,
             )  # fmt: skip
             if grad_query is not None and parts is not None and splits > 1:
                 grad_query.copy_(parts.sum(0))
@@ -458,8 +463,9 @@ def cross_attention_backward(
                 )
                 for key, value, dk, dv in zip(keys, values, grad_keys, grad_values, strict=True)
             ]
+            sources = sources_of(keys, values, lengths, masks, causal, grads, wanted)
             grad_source_kernel[(batch * kv_heads * blocks,)](
-                *upstream, sources_of(keys, values, lengths, masks, causal, grads, wanted), *seen_by,
-                scale, queries, kv_heads, heads // kv_heads, **depth, **options,
+                *upstream, sources, *seen_by, scale, queries, kv_heads, heads // kv_heads, **depth, **options,
+                SOURCES=len(sources),
             )  # fmt: skip
     return [t for t in made if t is not None]

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.kernels._launch import blocks, configuration, dense, lead_of, on, presence
+from mmfast.kernels._launch import blocks, configuration, contiguous, dense, lead_of, on, presence
 from mmfast.kernels._tiles import any_of, load_row, load_tile, rows_with
 from mmfast.kernels.concat_linear_backward import _grad_input, _grad_weight
 
@@ -43,10 +43,17 @@ class Modality(NamedTuple):
     feature_stride: int
 
 
+@triton.jit
+def place_of(i, row, r, column, rows, ranks, width):
+    """Where a tile [M, N] of modality i and rank r lies in [n, rows, ranks, width]."""
+    return ((tl.cast(rows, tl.int64) * i + row) * ranks + r)[:, None] * width + column[None, :]
+
+
 @triton.jit(do_not_specialize=["rows"])
 def product_kernel(
     out, products, modalities, rank_weight, bias, present, num_sources, rows, ranks, width,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    COUNT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A tile of ``sum over r of rank_weight[r] * product over i of ([x_i, 1] @ factors_i[r]) + bias``."""
     tile = tl.program_id(0)
@@ -59,7 +66,7 @@ def product_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for r in range(ranks):
         product = tl.full([BLOCK_M, BLOCK_N], 1.0, tl.float32)
-        for i in tl.static_range(len(modalities)):
+        for i in tl.static_range(COUNT):
             m = modalities[i]
             seen = rows_with(i, row, inside, present, num_sources, 1)
             x = m.data + row.to(tl.int64)[:, None] * m.row_stride
@@ -68,13 +75,13 @@ def product_kernel(
             for k0 in range(0, tl.where(any_of(seen), m.width, 0), BLOCK_K):
                 left = k0 + k < m.width
                 tile_x = load_tile(x + (k0 + k)[None, :], seen, left)
-                tile_w = load_tile(w + (k0 + k)[:, None] * m.feature_stride + column[None, :], left, kept)
+                feature = (k0 + k).to(tl.int64)[:, None] * m.feature_stride
+                tile_w = load_tile(w + feature + column[None, :], left, kept)
                 factor = tl.dot(tile_x, tile_w, factor, input_precision=PRECISION)
-            factor += load_row(w + m.width * m.feature_stride, column, kept, 0.0)
+            factor += load_row(w + tl.cast(m.width, tl.int64) * m.feature_stride, column, kept, 0.0)
             factor = tl.where(seen[:, None], factor, 1.0)
             if products is not None:
-                at = ((i * rows + row).to(tl.int64) * ranks + r)[:, None] * width + column[None, :]
-                tl.store(products + at, factor, mask=both)
+                tl.store(products + place_of(i, row, r, column, rows, ranks, width), factor, mask=both)
             product *= factor
         total += tl.load(rank_weight + r).to(tl.float32) * product
     total += load_row(bias, column, kept, 0.0)
@@ -100,14 +107,14 @@ def grad_factors_kernel(
     for i in tl.static_range(COUNT):
         d = scaled
         for j in tl.static_range(COUNT):
-            at = ((j * rows + row).to(tl.int64) * ranks + r)[:, None] * width + column[None, :]
+            at = place_of(j, row, r, column, rows, ranks, width)
             factor = tl.load(products + at, mask=both, other=0.0).to(tl.float32)
             if j != i:
                 d *= factor
             if i == 0:
                 g *= factor
         seen = rows_with(i, row, inside, present, num_sources, 1)
-        at = ((i * rows + row).to(tl.int64) * ranks + r)[:, None] * width + column[None, :]
+        at = place_of(i, row, r, column, rows, ranks, width)
         tl.store(grad_factors + at, tl.where(seen[:, None], d, 0.0), mask=both)
     part = tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
     tl.store(rank_sums + part * ranks + r, tl.sum(tl.sum(tl.where(both, g, 0.0), 1), 0))
@@ -133,8 +140,8 @@ def lowrank_fusion(
         options = configuration("lowrank_fusion", "forward", out, out.dtype, UNTUNED)
         grid = (triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(width, options["BLOCK_N"]),)
         product_kernel[grid](
-            out, made[1] if save else None, tuple(modalities), rank_weight.contiguous(),
-            None if bias is None else bias.contiguous(), flags, num_sources, rows, ranks, width, **options,
+            out, made[1] if save else None, tuple(modalities), *contiguous(rank_weight, bias), flags,
+            num_sources, rows, ranks, width, COUNT=len(modalities), **options,
         )  # fmt: skip
     return made
 

@@ -47,17 +47,15 @@ def column_of(values, number, SOURCES: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "per_sample"])
 def mix_kernel(
     out, sources, logits, present, num_sources, rows, n1, n2, per_sample, width,
-    SOURCES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    COUNT: tl.constexpr, SOURCES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A tile of the weighted sum."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside, kept = row < rows, column < width
-    seen, weight = softmax(
-        logits, row, inside, n1, n2, present, num_sources, per_sample, len(sources), SOURCES
-    )
+    seen, weight = softmax(logits, row, inside, n1, n2, present, num_sources, per_sample, COUNT, SOURCES)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for i in tl.static_range(len(sources)):
+    for i in tl.static_range(COUNT):
         source = sources[i]
         there = column_of(seen.to(tl.int32), i, SOURCES) > 0
         x = source.data + row_offset(row, n1, n2, source.strides)[:, None] + column[None, :]
@@ -71,18 +69,16 @@ def mix_kernel(
 @triton.jit(do_not_specialize=["rows", "per_sample"])
 def grad_mix_kernel(
     grad_logits, grad, sources, logits, present, num_sources, rows, n1, n2, per_sample, width,
-    SOURCES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    COUNT: tl.constexpr, SOURCES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dx_i = w_i grad;  dlogit_i = w_i (grad . x_i - sum over j of w_j grad . x_j)."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
     number = tl.arange(0, SOURCES)[None, :]
-    seen, weight = softmax(
-        logits, row, inside, n1, n2, present, num_sources, per_sample, len(sources), SOURCES
-    )
+    seen, weight = softmax(logits, row, inside, n1, n2, present, num_sources, per_sample, COUNT, SOURCES)
     start = row.to(tl.int64)[:, None] * width
     dots = tl.zeros([BLOCK_M, SOURCES], tl.float32)
-    for i in tl.static_range(len(sources)):
+    for i in tl.static_range(COUNT):
         source = sources[i]
         there = column_of(seen.to(tl.int32), i, SOURCES) > 0
         w = column_of(weight, i, SOURCES)[:, None]
@@ -101,8 +97,8 @@ def grad_mix_kernel(
         dots = tl.where(number == i, dot[:, None], dots)
     if grad_logits is not None:
         mean = tl.sum(weight * dots, 1)[:, None]
-        at = row.to(tl.int64)[:, None] * len(sources) + number
-        mask = inside[:, None] & (number < len(sources))
+        at = row.to(tl.int64)[:, None] * COUNT + number
+        mask = inside[:, None] & (number < COUNT)
         tl.store(grad_logits + at, tl.where(seen, weight * (dots - mean), 0.0), mask=mask)
 
 
@@ -157,4 +153,6 @@ def _arguments(
 
 
 def _options(inputs: Sequence[Tensor]) -> dict[str, int]:
-    return {"SOURCES": max(2, triton.next_power_of_2(len(inputs))), **_BLOCKS}
+    """How many sources, and columns for them: a power of two."""
+    count = len(inputs)
+    return {"COUNT": count, "SOURCES": max(2, triton.next_power_of_2(count)), **_BLOCKS}

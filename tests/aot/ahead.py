@@ -49,6 +49,7 @@ def compile_for(capability: int, kind: str) -> list[Compiled]:
             return GPUTarget("cuda", capability, 32)
 
     driver.set_active(Driver())
+    refuse_what_triton_3_6_cannot()
     from mmfast.kernels import _launch
     from mmfast.ops._backend import TABLE
 
@@ -79,6 +80,32 @@ def compile_for(capability: int, kind: str) -> list[Compiled]:
                 case = name
                 launch()
     return list(compiled.values())
+
+
+def refuse_what_triton_3_6_cannot():
+    """It comes with PyTorch 2.11, and stumbles where later ones do not.
+
+    Inside a kernel it makes a tuple anew to give it to a Python function or to compare it (``len(sources)``,
+    ``source is None``), and finds no type for a None in it, as for a NamedTuple's. Nor may a function return None.
+    """
+    import triton
+    from triton.compiler.code_generator import CodeGenerator
+    from triton.language import core
+
+    if triton.__version__.startswith("3.6."):
+        return
+    make, leave = core.tuple.__init__, CodeGenerator.visit_Return
+
+    def make_tuple(self, values, type=None):
+        make(self, values, type)
+        assert all(value is not None for value in self.values), "a tuple with None, used as a whole"
+
+    def leave_function(self, node):
+        leave(self, node)
+        returned = self.return_vals[-1]
+        assert not isinstance(returned, core.constexpr) or returned.value is not None, "None is returned"
+
+    core.tuple.__init__, CodeGenerator.visit_Return = make_tuple, leave_function
 
 
 def concat_linear_cases(dtype):

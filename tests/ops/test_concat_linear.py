@@ -310,6 +310,22 @@ def test_gradients_arrive_through_expanded_and_strided_grads(name):
         assert torch.allclose(arguments["weight"].grad.double(), meant["weight"].grad, rtol=1e-4, atol=1e-4)
 
 
+LAYOUTS = {"strided": lambda v: v.repeat_interleave(2)[::2], "expanded": lambda v: v[:1].expand_as(v)}
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("activation", ["none", "gelu", "swiglu"])
+def test_vectors_may_have_any_stride(name, layout, activation):
+    vectors = {"bias", "norm_weight", "norm_bias", "gate"}
+
+    def laid(op):
+        return lambda **a: op(**a | {key: layout(a[key]) for key in vectors & a.keys()})
+
+    arguments = example(norm=True, activation=activation, gate=12)
+    check(laid(on(name)), laid(reference.concat_linear), arguments, torch.float32)
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_autocast_casts_what_is_not_float64(name):
     dtype = torch.float16 if name == "triton" else torch.bfloat16

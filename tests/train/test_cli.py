@@ -92,6 +92,7 @@ def test_a_checkpoint_is_used_only_where_its_weights_mean_the_same(data, tmp_pat
     assert "data tokenizer was" in said(capsys, "test", *options(other, out))
     line = "data.modalities.audio.sample_rate was 16000, now 8000"
     assert line in said(capsys, "test", *options(data, out, data__modalities__audio__sample_rate=8000))
+    assert main(["test", *options(data, out, data__modalities__image__flip=False)]) == 0  # for training only
 
     job = yaml.safe_load((ROOT / "configs" / "stamps.yaml").read_text())
     encoders = job["model"]["init_args"]["encoders"]

@@ -83,7 +83,8 @@ def cast(arguments, dtype):
         if all(t.stride()[d] for d in range(t.dim()) if t.shape[d] > 1):
             new.copy_(t.detach())
         else:  # expanded: many elements share memory
-            new = t.detach().to(dtype) if dtype != t.dtype else t.detach().clone()
+            once = t.detach()[tuple(slice(None) if step else slice(1) for step in t.stride())]
+            new = once.to(dtype, copy=True).expand(t.shape)
         return new.requires_grad_(t.requires_grad)
 
     return pytree.tree_map(leaf, arguments)

@@ -195,7 +195,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def write(path: Path) -> None:
-    """Writes ``TABLE``, a line for each kernel."""
+    """Writes ``TABLE`` in the form in which it is committed: a difference is a finding."""
     path.write_text(json.dumps(TABLE, indent=2, sort_keys=True) + "\n")
 
 

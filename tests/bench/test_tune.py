@@ -147,3 +147,9 @@ def test_an_op_without_a_suite_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         tune.main(["concat_linear", "concat_circular"])
     assert "concat_circular has no suite, wanted one of concat_linear" in capsys.readouterr().err
+
+
+def test_tuning_that_finds_nothing_new_changes_nothing(tmp_path):
+    table = tmp_path / "table.json"
+    tune.write(table)
+    assert table.read_text() == tune.TABLE_FILE.read_text()

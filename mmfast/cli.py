@@ -225,5 +225,5 @@ def _config(command: str, arguments: list[str]) -> "Config":
         at = arguments.index("--resume")
         given = at + 1 < len(arguments) and not arguments[at + 1].startswith("-")
         arguments[at : at + 1 + given] = ["--trainer.resume", arguments[at + 1] if given else "latest"]
-    own = (globals()[command].__doc__ or "").replace("``", "")  # the options that are not keys
-    return parse(arguments, f"mmfast {command}", own)
+    usage = (globals()[command].__doc__ or "").replace("``", "")  # the options that are not keys
+    return parse(arguments, f"mmfast {command}", usage)

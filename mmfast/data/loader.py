@@ -203,10 +203,10 @@ class Data:
         choose_device(config)
         self._memory = Memory(config.memory_mb)
         self.vocab_size = 0
-        self._tokenizer: Path | None = None
+        self.tokenizer: Path | None = None
         tokens = b""
         if any(isinstance(modality, Text) for modality in self.modalities.values()):
-            path = self._tokenizer = self.dataset.tokenizer_path or self.dataset.path / "tokenizer.json"
+            path = self.tokenizer = self.dataset.tokenizer_path or self.dataset.path / "tokenizer.json"
             self.vocab_size = open_tokenizer(path).get_vocab_size()
             tokens = path.read_bytes()
         facts = [
@@ -260,4 +260,4 @@ class Data:
         augment = train and self.config.augment
         view = View(split, index, plan, self.modalities, kept, seed, augment, rank, world_size)
         end_step = None if train else plan.steps_per_epoch
-        return Loader(view, self.config, self._tokenizer, self._memory, start_step, end_step)
+        return Loader(view, self.config, self.tokenizer, self._memory, start_step, end_step)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmfast.errors import UserError
 
@@ -175,12 +175,6 @@ class DataConfig:
             raise UserError(
                 f"data.modalities: {sorted(taken)[0]!r} is a key of every batch; wanted another name"
             )
-        for name in self.modalities:
-            if not name or "." in name or hasattr(nn.ModuleDict(), name):  # a model keeps its encoders in one
-                raise UserError(
-                    f"data.modalities: got the name {name!r}, wanted one without dots that torch's "
-                    "ModuleDict does not use itself"
-                )
         if not -(2**63) <= self.seed < 2**63:
             raise UserError(f"data.seed: got {self.seed}, wanted a number of 64 bits")
         for name, wanted in (("decoder", ("auto", "dali", "torch")), ("device", ("auto", "cpu", "gpu"))):

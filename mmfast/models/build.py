@@ -10,6 +10,7 @@ from mmfast.errors import UserError
 from mmfast.models.article import ArticleModel
 from mmfast.models.config import ArticleConfig, ModelConfig
 from mmfast.models.model import FusionModel
+from mmfast.nn._checks import may_name_a_module
 
 
 class DataLike(Protocol):
@@ -38,6 +39,12 @@ def build_model(config: ModelConfig | ArticleConfig, data: DataLike) -> FusionMo
     if not data.num_classes:
         raise UserError("data.path: the dataset has 0 classes; wanted 1 or more")
     modalities = data.modalities
+    for name in modalities:
+        if not may_name_a_module(name):
+            raise UserError(
+                f"data.modalities: got the name {name!r}, wanted one without dots that torch's ModuleDict "
+                "does not use itself"
+            )
     if isinstance(config, ArticleConfig):
         return ArticleModel(modalities, data.vocab_size, data.num_classes, config.dim)
     for name in config.encoders:

@@ -31,10 +31,15 @@ def require_names(layer: nn.Module, argument: str, names: Iterable[str], known: 
             raise ValueError(f"{_name(layer)}: {argument} has {name!r}, wanted one of {', '.join(known)}")
 
 
+def may_name_a_module(name: str) -> bool:
+    """Whether a ``ModuleDict`` takes it for a key."""
+    return bool(name) and "." not in name and not hasattr(nn.ModuleDict(), name)
+
+
 def require_keys(layer: nn.Module, argument: str, names: Iterable[str]) -> None:
     """Names that a ``ModuleDict`` can have."""
     for name in names:
-        if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        if not may_name_a_module(name):
             wanted = "a name without dots that is no attribute of nn.ModuleDict"
             raise wrong(_name(layer), argument, repr(name), wanted)
 

@@ -74,7 +74,7 @@ def refuse_null(value: Any, hint: Any, key: str) -> None:
         raise UserError(f"{key} is null; wanted {getattr(hint, '__name__', hint)}")
     if isinstance(value, dict):
         for name, item in value.items():
-            refuse_null(item, (*get_args(hint), Any, Any)[1], f"{key}.{name}")
+            refuse_null(item, (*get_args(hint), Any, Any)[1], f"{key}.{name}")  # dict[str, V]: the V
     elif isinstance(value, Namespace):
         path = value.get("class_path")
         classes: Any = [locate(path)] if path else get_args(hint) or [hint]

@@ -159,6 +159,6 @@ def identity(config: Config, data: Any = None, *more: str) -> dict[str, Any]:
     same = {key: value for key, value in flat if key.startswith(names) and not key.endswith(only)}
     if data is not None:
         same["data classes"] = list(getattr(data, "classes", ()))
-        if path := getattr(data, "_tokenizer", None):
+        if path := getattr(data, "tokenizer", None):
             same["data tokenizer"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return same

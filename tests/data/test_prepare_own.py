@@ -14,9 +14,10 @@ import pytest
 import webdataset
 from tokenizers import Tokenizer
 
-from mmfast.data import prepare, shards
+from mmfast.data import prepare
 from mmfast.data.prepare import folder, index, table, writer
 from mmfast.data.shards import Dataset
+from mmfast.data.tars import index_tars
 from mmfast.errors import UserError
 
 
@@ -357,7 +358,7 @@ def test_the_tokenizer_is_the_same_every_time():
 
 def test_shards_of_a_dataset_are_those_of_the_writer(tmp_path, monkeypatch):
     made = folder.prepare_folder(place(tmp_path / "in", {"a/x.txt": "t"}), tmp_path / "out", split="train")
-    assert shards.ShardIndex.build(made / "train", classes=["a"]).labels.tolist() == [0]
+    assert index_tars(made / "train", classes=["a"]).labels.tolist() == [0]
     assert Tokenizer.from_file(str(made / "tokenizer.json")).get_vocab_size() >= 2
 
 

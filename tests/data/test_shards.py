@@ -17,6 +17,7 @@ import pytest
 import webdataset
 
 from mmfast.data.shards import Dataset, ShardIndex, ShardWriter, Staging
+from mmfast.data.tars import index_tars
 from mmfast.errors import UserError
 
 
@@ -95,7 +96,7 @@ def test_tars_made_by_webdataset_are_indexed(tmp_path):
     with webdataset.ShardWriter(str(tmp_path / "%06d.tar"), maxcount=3, verbose=0) as sink:
         for i in range(7):
             sink.write({"__key__": f"a.folder/{i}", "jpg": b"jpg%d" % i, "txt": f"text {i}", "cls": i})
-    index = ShardIndex.build(tmp_path)
+    index = index_tars(tmp_path)
     assert index.keys == [f"a.folder/{i}" for i in range(7)] and index.labels.tolist() == list(range(7))
     assert (
         index.read(4, "image") == b"jpg4"
@@ -109,7 +110,7 @@ def test_tars_made_by_webdataset_are_indexed(tmp_path):
 
 def test_building_and_writing_agree(tmp_path):
     written = ShardIndex.open(fill(tmp_path / "train"))
-    built = ShardIndex.build(tmp_path / "train", classes=["c0", "c1", "c2", "c3"])
+    built = index_tars(tmp_path / "train", classes=["c0", "c1", "c2", "c3"])
     assert everything(built) == everything(written) and built.labels.tolist() == written.labels.tolist()
 
 
@@ -131,10 +132,10 @@ def test_a_foreign_tar_cut_short_is_named_with_its_offset(tmp_path):
     with pytest.raises(
         UserError, match=rf"000000\.tar: cut short at offset {last}: got 10 bytes .*wanted 1400"
     ):
-        ShardIndex.build(tmp_path / "train")
+        index_tars(tmp_path / "train")
     path.write_bytes(b"not a tar at all" * 100)
     with pytest.raises(UserError, match=r"000000\.tar: not a whole, uncompressed tar"):
-        ShardIndex.build(tmp_path / "train")
+        index_tars(tmp_path / "train")
 
 
 def put(path, members, **settings):
@@ -169,10 +170,10 @@ TEXTS = [(f"{i}.txt", b"text") for i in range(10)]
 )
 def test_a_foreign_tar_that_ends_where_it_should_not_is_named_with_its_offset(tmp_path, damage):
     at = put(tmp_path / "a.tar", TEXTS)[5]
-    assert len(ShardIndex.build(tmp_path)) == 10
+    assert len(index_tars(tmp_path)) == 10
     (tmp_path / "a.tar").write_bytes(damage((tmp_path / "a.tar").read_bytes(), at))
     with pytest.raises(UserError, match=rf"a\.tar: cut short or damaged at offset {at}: wanted"):
-        ShardIndex.build(tmp_path)
+        index_tars(tmp_path)
 
 
 def test_what_a_foreign_tar_loses_is_told(tmp_path):
@@ -190,7 +191,7 @@ def test_what_a_foreign_tar_loses_is_told(tmp_path):
     ]
     put(tmp_path / "a.tar", members)
     told = []
-    index = ShardIndex.build(tmp_path, tell=lambda kind, line: told.append(line))
+    index = index_tars(tmp_path, tell=lambda kind, line: told.append(line))
     assert index.keys == ["a", "c"] and index.labels.tolist() == [2, -1]
     assert sorted(told) == [
         f"{tmp_path}/a.tar: {line}"
@@ -218,7 +219,7 @@ def test_a_sparse_file_in_a_foreign_tar_is_told(tmp_path):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     told = []
-    assert ShardIndex.build(tmp_path, tell=lambda *what: told.append(what)).keys == ["a"]
+    assert index_tars(tmp_path, tell=lambda *what: told.append(what)).keys == ["a"]
     kind = "link, device or sparse file"
     assert told == [(kind, f"{tmp_path}/a.tar: b.txt: {kind}; left out")]
 
@@ -236,7 +237,7 @@ def test_a_sparse_file_in_a_foreign_tar_is_told(tmp_path):
 def test_foreign_tars_that_cannot_be_used_are_named(tmp_path, members, message):
     put(tmp_path / "a.tar", members, format=tarfile.GNU_FORMAT, encoding="latin-1")
     with pytest.raises(UserError, match=rf"^{tmp_path}/a\.tar: {message}"):
-        ShardIndex.build(tmp_path)
+        index_tars(tmp_path)
 
 
 def test_a_tar_that_shrinks_while_in_use_is_named(tmp_path):
@@ -266,7 +267,7 @@ def test_an_empty_split_is_named(tmp_path):
         ShardIndex.open(tmp_path / "validation")
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match="bare: an empty split: no"):
-        ShardIndex.build(tmp_path / "bare")
+        index_tars(tmp_path / "bare")
 
 
 def test_missing_or_broken_descriptions_are_named(tmp_path):

@@ -109,6 +109,13 @@ def test_a_wrong_key_is_an_error_that_names_it(tmp_path, good, bad, named):
         ),
         (lambda: make(ModelConfig(encoders={"audio": ImageResNet()})), "ImageResNet encodes images"),
         (lambda: make(data=Data(num_classes=0)), "the dataset has 0 classes; wanted 1 or more"),
+        *[
+            (
+                lambda name=name: make(ArticleConfig(), Data(modalities={name: Image()})),
+                f"got the name '{name}', wanted one without dots",
+            )
+            for name in ("values", "cam.left", "")
+        ],
     ],
 )
 def test_what_cannot_work_is_refused_by_name(build, named):

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from mmfast.data.prepare.writer import SPLITS, Log, train_tokenizer
 from mmfast.data.shards import COMPONENTS, Dataset, ShardIndex, writing
+from mmfast.data.tars import index_tars
 from mmfast.errors import UserError
 
 TOKENIZER_TEXTS = 200_000  # more would not change a vocabulary of a few thousand pieces
@@ -54,7 +55,7 @@ def prepare_index(folder: Path | str, *, licence: str = "your own", force: bool 
     indices, log = {}, Log()
     for split in splits:
         print(f"{folder / split}: reading the headers", file=sys.stderr)
-        indices[split] = ShardIndex.build(folder / split, tell=log)
+        indices[split] = index_tars(folder / split, tell=log)
     classes = _label(indices)
     for index in indices.values():
         index.save()

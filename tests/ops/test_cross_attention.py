@@ -364,8 +364,10 @@ def test_any_shape_visibility_and_layout(arguments, dtype, isa):
     # of few numbers a gradient's error in bfloat16, like the reference's, is a matter of luck
     many = all(key.shape[2] == 0 or key.shape[2] >= 40 for key, _ in arguments["sources"])
     narrow = arguments if many else pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
+    # what the reference loses in float64 is told from float32, whose luck under one of few gradients hides it
+    upstreams = 16 if dtype == torch.float64 else 4
     with instruction_set(isa):
-        check_problem("cpu", arguments, dtype)
+        check(all_of(on("cpu")), all_of(reference.cross_attention), arguments, dtype, upstreams, runs=4)
         check(on("cpu"), reference.cross_attention, narrow, torch.bfloat16, upstreams=4)
 
 

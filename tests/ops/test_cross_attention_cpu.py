@@ -1,5 +1,6 @@
 """What only the C++ kernels of cross_attention promise: every instruction set, threads and memory."""
 
+import math
 import os
 import time
 import timeit
@@ -27,6 +28,17 @@ def test_every_instruction_set_is_as_exact(isa, options, queries):
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         arguments = example(queries=queries, sizes=(130, 1, 67), **OPTIONS[options])
         check(all_of(on("cpu")), all_of(reference.cross_attention), arguments, dtype, upstreams=4)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_sums_in_float64_are_made_in_short_chains(isa):
+    """A single key has the weight 1, so the gradient of its value is a sum. One chain of 96 loses 0.96 eps on average."""
+    query, key = torch.randn(1, 1, 96, 16, dtype=torch.float64), torch.randn(1, 1, 1, 16, dtype=torch.float64)
+    value = torch.zeros(1, 1, 1, 256, dtype=torch.float64, requires_grad=True)
+    grad = torch.rand(1, 1, 96, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    (made,) = torch.autograd.grad(on("cpu")(query=query, sources=[(key, value)]), value, grad)
+    meant = torch.tensor([math.fsum(column) for column in grad[0, 0].T.tolist()], dtype=torch.float64)
+    assert ((made[0, 0, 0] - meant).abs() / meant).mean() < 0.4 * torch.finfo(torch.float64).eps
 
 
 PROMISES = {

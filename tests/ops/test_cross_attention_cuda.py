@@ -10,7 +10,7 @@ from check import assert_promised, cast, check, same_bits, worst
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from on_host import build
-from test_cross_attention import OPTIONS, all_of, example, laid_out, on, problems, schema_arguments
+from test_cross_attention import OPTIONS, all_of, example, laid_out, problems, schema_arguments
 from test_cross_attention_absence import poisoned
 from torch.utils import _pytree as pytree
 
@@ -354,16 +354,3 @@ def test_its_results_go_into_the_backward_of_triton(split):
 def test_the_doctor_tells_whether_it_can_run():
     there = "ready" if torch.cuda.is_available() else "compiled, not run: no GPU here"
     assert available("cross_attention", "cuda")["cuda"] == _native.missing.get("mmfast_cuda", there)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_on_a_device_output_and_gradients_are_as_exact_as_promised(options, dtype):
-    arguments = example(sizes=(130, 1, 700), queries=40, depth=64, **options)
-    arguments = pytree.tree_map(
-        lambda t: t.detach().cuda().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t,
-        arguments,
-    )
-    check(all_of(on("cuda")), all_of(reference.cross_attention), arguments, dtype)

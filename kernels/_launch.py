@@ -24,15 +24,20 @@ def described(sizes: Blocks) -> Blocks:
 
 
 def configuration(
-    op: str, kernel: str, like: Tensor, dtype: torch.dtype, untuned: Mapping[int, Mapping[str, Blocks]]
+    op: str,
+    kernel: str,
+    like: Tensor,
+    dtype: torch.dtype,
+    untuned: Mapping[int, Mapping[str, Blocks]],
+    exact: bool = False,
 ) -> dict[str, Any]:
     """Launch options of a kernel that multiplies tensors of ``like``'s dtype, in an op on ``dtype``.
 
     They come from the committed table's entry for this device, ``["triton"]["<kernel>.<half|tf32|ieee>"]``,
     else from the untuned ones of its generation. What ``tl.dot`` does with float32 follows PyTorch's own
-    setting and never Triton's default, which is TF32.
+    setting and never Triton's default, which is TF32; with ``exact`` it is exact.
     """
-    exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    exact = dtype == torch.float32 and (exact or torch.backends.cuda.matmul.fp32_precision != "tf32")
     precision = "ieee" if exact else "tf32"
     key = f"{kernel}.{'half' if like.dtype.itemsize == 2 else precision}"
     tuned = measured(op, like.device).get("triton", {}).get(key)

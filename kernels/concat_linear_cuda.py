@@ -160,7 +160,9 @@ def _before_activation(
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """``x`` [..., D] @ ``weight`` [O, D] transposed, in float32 whatever the dtype."""
     rows = _rows(x)
-    if x.dtype == torch.float32:
+    if x.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation:
+        rows, weight = rows.float(), weight.float()  # PyTorch would refuse
+    if rows.dtype == torch.float32:
         return torch.mm(rows, weight.t()).view(*x.shape[:-1], len(weight))
     return torch.mm(rows, weight.t(), out_dtype=torch.float32).view(*x.shape[:-1], len(weight))
 

@@ -394,10 +394,11 @@ def cross_attention_backward(
     grad: Tensor, grad_lse: Tensor | None, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor],
     lengths: Sequence[Tensor | None], masks: Sequence[Tensor | None], present: Tensor | None,
     causal: Sequence[bool], source_bias: Tensor | None, scale: float | None, out: Tensor, lse: Tensor,
-    normalizers: Tensor, needs: Sequence[bool],
+    normalizers: Tensor, needs: Sequence[bool], exact: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     """Launches the backward; arguments and results are those of
-    ``torch.ops.mmfast.cross_attention_backward``.
+    ``torch.ops.mmfast.cross_attention_backward``. ``exact``: float32 is multiplied so whatever PyTorch's
+    setting, as its forward has done.
 
     A gradient whose last dimension is not dense, such as one expanded from a sum, is copied first; for the
     others see ``cross_attention``.
@@ -433,7 +434,9 @@ def cross_attention_backward(
         upstream = grad, grad.stride()[:3], lse, normalizers, delta, alone, query, query.stride()[:3]
 
         if grad_query is not None or grad_bias is not None:
-            options = configuration("cross_attention", f"grad_query_{size}", query, query.dtype, UNTUNED)
+            options = configuration(
+                "cross_attention", f"grad_query_{size}", query, query.dtype, UNTUNED, exact
+            )
             blocks = triton.cdiv(queries, options["BLOCK_M"])
             splits = splits_of(batch * heads * blocks, keys, options["num_warps"])
             bias_sum = None if grad_bias is None else lse.new_empty(batch, heads, n, splits * blocks)
@@ -451,7 +454,7 @@ def cross_attention_backward(
 
         # Where one gradient is wanted of some sources and the other of others, both are made of all of these.
         wanted = [i for i in range(n) if grad_keys[i] is not None or grad_values[i] is not None]
-        options = configuration("cross_attention", f"grad_source_{size}", query, query.dtype, UNTUNED)
+        options = configuration("cross_attention", f"grad_source_{size}", query, query.dtype, UNTUNED, exact)
         blocks = sum(triton.cdiv(keys[i].shape[2], options["BLOCK_N"]) for i in wanted)
         if blocks:
             any_key = any(t is not None for t in grad_keys)

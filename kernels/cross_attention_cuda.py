@@ -25,6 +25,9 @@ SPLIT = torch.ops.mmfast.cross_attention_split.cuda
 torch.library.register_fake("mmfast::cross_attention_split.cuda", lambda *args: None, lib=LIB)
 
 DEEPEST = 256
+ROOM = (
+    163 << 10
+)  # bytes of shared memory for a block with more than 128 features; of fewer any GPU has enough
 MOST_SLOTS = 128  # that the kernel which adds them up has room for
 ROWS = 64  # of a block's four warps; of 32 rows each has two warps, which share the keys, and a slot for each
 FEWEST_TILES = 4  # for a split: for fewer, its sums would be more to write than its keys are to read
@@ -67,15 +70,17 @@ def cross_attention(
 
     Raises:
         TypeError: for float64.
-        ValueError: for more than 256 features a head, or none in the values.
+        ValueError: for more than 256 features a head, or none in the values; for more than 128 on a GPU whose
+            blocks have less shared memory than data centres' (8.6, 8.9, 12.0).
     """
     if query.dtype == torch.float64:
         raise TypeError("cross_attention: query is float64, wanted float32, bfloat16 or float16")
     (batch, heads, queries, depth), value_depth = query.shape, values[0].shape[-1]
-    if max(depth, value_depth) > DEEPEST or value_depth == 0:
+    deepest = DEEPEST if shared_memory(query.device) >= ROOM else 128
+    if max(depth, value_depth) > deepest or value_depth == 0:
         raise ValueError(
             f"cross_attention: query and values have {depth} and {value_depth} features a head, "
-            f"wanted 1 to {DEEPEST}"
+            f"wanted 1 to {deepest}"
         )
     out = query.new_empty(batch, heads, queries, value_depth)
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
@@ -105,8 +110,17 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def shared_memory(device: torch.device) -> int:
+    """How many bytes of it a block may ask for."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def cross_attention_backward(*args: Any) -> list[Tensor]:
-    """Hands over to the launcher of the Triton kernels: there is no CUDA kernel of the backward."""
+    """Hands over to the launcher of the Triton kernels: there is no CUDA kernel of the backward.
+
+    It multiplies float32 exactly, as the forward did: weights made again from TF32's logits would not add
+    up to 1.
+    """
     from mmfast.kernels import cross_attention_backward as triton
 
-    return triton.cross_attention_backward(*args)
+    return triton.cross_attention_backward(*args, exact=True)

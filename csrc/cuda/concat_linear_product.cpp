@@ -101,11 +101,10 @@ bool multiply(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
                                                      &to.layout, &preference, 1, &chosen, &found);
   if (status != CUBLAS_STATUS_SUCCESS || found == 0 || chosen.state != CUBLAS_STATUS_SUCCESS) return false;
   const float one = 1, keep = added ? 1 : 0;
-  require(cublasLtMatmul(handle, &product, &one, weight.data_ptr(), &a.layout, x.data_ptr(), &b.layout, &keep,
-                         c.data_ptr(), &from.layout, out.mutable_data_ptr(), &to.layout, &chosen.algo,
-                         workspace.mutable_data_ptr(), bytes, stream),
-          "the launch");
-  return true;
+  // It may refuse what the heuristic proposes, too.
+  return cublasLtMatmul(handle, &product, &one, weight.data_ptr(), &a.layout, x.data_ptr(), &b.layout, &keep,
+                        c.data_ptr(), &from.layout, out.mutable_data_ptr(), &to.layout, &chosen.algo,
+                        workspace.mutable_data_ptr(), bytes, stream) == CUBLAS_STATUS_SUCCESS;
 }
 
 // False where cuBLASLt cannot, which leaves anything in out:

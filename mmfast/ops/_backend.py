@@ -210,7 +210,12 @@ def _state(op: str, device_type: str, name: str) -> str:
         return _native.missing[library]
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"mmfast::{op}.{name}", name.upper()):
         return "no kernel yet"
-    return READY if name == "cpu" or torch.cuda.is_available() else "compiled, not run: no GPU here"
+    if name == "cpu":
+        return READY
+    if not torch.cuda.is_available():
+        return "compiled, not run: no GPU here"
+    major, minor = torch.cuda.get_device_capability()
+    return READY if major >= 8 else f"needs compute capability 8.0: this GPU has {major}.{minor}"
 
 
 def _triton_state(op: str, device_type: str) -> str:

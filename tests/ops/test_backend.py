@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import mmfast.ops._backend as _backend
+from mmfast import _native
 from mmfast.ops import (
     available,
     backend,
@@ -43,6 +44,14 @@ def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch):
     monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "0")
     with backend("triton"), pytest.raises(ValueError, match="needs a GPU, or TRITON_INTERPRET=1"):
         concat_linear(X, W)
+
+
+@pytest.mark.skipif("mmfast_cuda" in _native.missing, reason="the native CUDA library is not there")
+def test_cuda_kernels_need_a_gpu_that_they_are_compiled_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, state in (((7, 5), "needs compute capability 8.0: this GPU has 7.5"), ((8, 0), "ready")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert available("cross_attention", "cuda")["cuda"] == state
 
 
 def test_forcing_ends_with_the_block_even_after_an_error():

@@ -27,6 +27,7 @@ HOST = """
 extern "C" {
 AOTITorchError torch_get_current_cuda_blas_handle(void**) { return 0; }
 __attribute__((visibility("default"))) void set_algorithms(int count) { on_host::algorithms = count; }
+__attribute__((visibility("default"))) void set_launches(int count) { on_host::launches = count; }
 __attribute__((visibility("default"))) bool used_tf32() {
   return on_host::computed == CUBLAS_COMPUTE_32F_FAST_TF32;
 }
@@ -198,13 +199,14 @@ def test_the_rest_is_left_to_the_epilogue(monkeypatch, shapes, options):
     assert len(launched) == 1
 
 
+@pytest.mark.parametrize("what", ["algorithms", "launches"])
 @pytest.mark.parametrize("known", [0, 1])
-def test_so_is_what_cublaslt_has_no_algorithm_for(host, monkeypatch, known):
-    launched = []
+def test_so_is_what_cublaslt_has_no_algorithm_for_or_refuses(host, monkeypatch, known, what):
+    launched, put = [], getattr(host, f"set_{what}")
     monkeypatch.setattr(cuda, "EPILOGUE", lambda *args: launched.append(args))
-    host.set_algorithms(known)
+    put(known)
     try:
         forward([torch.randn(4, 8), torch.randn(4, 5)], torch.randn(3, 13))
     finally:
-        host.set_algorithms(1 << 30)
+        put(1 << 30)
     assert len(launched) == 1

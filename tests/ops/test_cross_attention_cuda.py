@@ -3,6 +3,7 @@ compiled for the host; see warp_on_host.h.
 """
 
 import ctypes
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ HOST = """
 
 extern "C" {
 __attribute__((visibility("default"))) void set_reversed(bool value) { mmfast::reversed = value; }
+__attribute__((visibility("default"))) void set_early(bool value) { mmfast::early = value; }
 __attribute__((visibility("default"))) int64_t bank_conflicts() { return mmfast::bank_conflicts; }
 __attribute__((visibility("default"))) int64_t bytes_copied() { return mmfast::bytes_copied; }
 }
@@ -78,6 +80,7 @@ def split(host, monkeypatch):
 
     def use(splits):
         monkeypatch.setattr(cuda, "processors", lambda device: 10**6 if splits == "many" else 1)
+        monkeypatch.setattr(cuda, "shared_memory", lambda device: 163 << 10)
         monkeypatch.setattr(cuda, "FEWEST_TILES", 1 if splits == "many" else 10**6)
 
     launch = cuda.SPLIT
@@ -277,6 +280,23 @@ def test_the_order_of_blocks_and_threads_changes_no_bit(split, host, dtype):
     assert before["out"].isnan().any() and not before["out"].isnan().all()
 
 
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("order", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("depth", [64, 128, 256])
+def test_a_copy_reaches_what_it_is_for_and_nothing_else(split, host, depth, dtype, order, early):
+    """Many tiles to a block: of the stages that they go through each is full, read and filled again."""
+    split("one")
+    arguments = example(1, 2, 9, (300, 1, 130), depth, kv_heads=1, lengths=True, grad=False)
+    try:
+        host.set_reversed(order == "backward")
+        host.set_early(early)
+        check_forward(arguments, dtype)
+    finally:
+        host.set_reversed(False)
+        host.set_early(False)
+
+
 @pytest.mark.parametrize("depth", [16, 64, 128, 256])
 def test_matrices_are_loaded_without_bank_conflicts(split, host, depth):
     before = host.bank_conflicts()
@@ -300,7 +320,7 @@ def test_few_queries_fill_the_device():
     assert block == 32 and 8 * splits == 2 * 132 // 8 * 8
 
 
-def test_what_it_cannot_do_is_an_error_that_says_so():
+def test_what_it_cannot_do_is_an_error_that_says_so(split, monkeypatch):
     for changes, kind, message in (
         ({"dtype": torch.float64}, TypeError, "query is float64, wanted float32, bfloat16 or float16"),
         ({"depth": 257}, ValueError, "257 and 257 features a head, wanted 1 to 256"),
@@ -309,6 +329,11 @@ def test_what_it_cannot_do_is_an_error_that_says_so():
         dtype = changes.pop("dtype", torch.float32)
         with pytest.raises(kind, match=message):
             forward(cast(example(1, 1, 1, (3,), kv_heads=1, grad=False, **{"depth": 16, **changes}), dtype))
+    monkeypatch.setattr(cuda, "shared_memory", lambda device: 99 << 10)  # of compute capability 8.6 and 8.9
+    for depth in (128, 129):
+        arguments = cast(example(1, 1, 1, (3,), depth, kv_heads=1, grad=False), torch.float32)
+        with nullcontext() if depth == 128 else pytest.raises(ValueError, match="wanted 1 to 128"):
+            forward(arguments)
 
 
 @pytest.mark.parametrize("options", ["plain", "everything"])
@@ -349,6 +374,29 @@ def test_its_results_go_into_the_backward_of_triton(split):
         return torch.cat([out, lse[..., None]], -1)
 
     check(op, lambda **a: all_of(reference.cross_attention)(**a)[..., :-2], arguments, torch.float32)
+
+
+def test_its_backward_multiplies_as_exactly_as_it_does(split, monkeypatch):
+    """Weights made again from logits in TF32 would not add up to 1 under sums of exact ones."""
+    triton = pytest.importorskip("mmfast.kernels.cross_attention_backward")
+    configuration, precisions = triton.configuration, []
+
+    def noted(*args):
+        options = configuration(*args)
+        precisions.append(options["PRECISION"])
+        return options
+
+    monkeypatch.setattr(triton, "configuration", noted)
+    given = schema_arguments(cast(example(1, 2, 5, (20,), kv_heads=1), torch.float32))
+    before, torch.backends.cuda.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision, "tf32"
+    try:
+        out, lse, normalizers, _ = cuda.cross_attention(*given)
+        cuda.cross_attention_backward(
+            torch.ones_like(out), None, *given[:9], out, lse, normalizers, [True] * 3 + [False]
+        )
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert precisions == ["ieee", "ieee"]
 
 
 def test_the_doctor_tells_whether_it_can_run():

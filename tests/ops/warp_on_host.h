@@ -1,9 +1,9 @@
 // csrc/cuda/warp.h for a host without a GPU: every thread of a block is a fiber, which runs until it has to
 // meet its warp or its block. What a meeting does is done by the last thread to come, as PTX documents it.
 //
-// Faults that a GPU hides most of the time show at once: a copy arrives when it is waited for and not before,
-// shared memory holds NaN at first, one warp runs ahead of the others as far as it can, in either order, and
-// a meeting that not all come to is an error.
+// Faults that a GPU hides most of the time show at once: a copy arrives when it is waited for and not before, or
+// at once, over what others may still read; shared memory holds NaN at first, one warp runs ahead of the others
+// as far as it can, in either order, and a meeting that not all come to is an error.
 #pragma once
 
 #include <setjmp.h>
@@ -60,6 +60,7 @@ struct BlockOnHost {
 
 inline BlockOnHost host;
 inline bool reversed = false;       // threads, and blocks too, in the other order
+inline bool early = false;          // copies arrive when they are issued
 inline int64_t bank_conflicts = 0;  // of ldmatrix
 inline int64_t bytes_copied = 0;
 
@@ -137,10 +138,20 @@ inline float shuffle(float value, int from) {
 
 inline bool is_multiple_of_16(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
+inline void arrive(const Copy& copy) {
+  std::memset(copy.to, 0, 16);
+  std::memcpy(copy.to, copy.from, copy.bytes);
+  bytes_copied += copy.bytes;
+}
+
 inline void copy_async(void* shared, const void* global, int bytes) {
   if (!is_multiple_of_16(shared) || !is_multiple_of_16(global)) fail("copy_async is not aligned");
   if (bytes < 0 || bytes > 16) fail("copy_async copies 0 to 16 bytes");
-  host.fibers[host.current].issued.push_back({shared, global, bytes});
+  const Copy copy{shared, global, bytes};
+  if (early)
+    arrive(copy);
+  else
+    host.fibers[host.current].issued.push_back(copy);
 }
 
 inline void commit() {
@@ -152,11 +163,7 @@ inline void commit() {
 template <int N>
 void wait() {
   for (auto& groups = host.fibers[host.current].groups; groups.size() > N; groups.pop_front())
-    for (const Copy& copy : groups.front()) {
-      std::memset(copy.to, 0, 16);
-      std::memcpy(copy.to, copy.from, copy.bytes);
-      bytes_copied += copy.bytes;
-    }
+    for (const Copy& copy : groups.front()) arrive(copy);
 }
 
 using Registers = std::array<uint32_t, 4>;

@@ -112,7 +112,8 @@ def processors(device: torch.device) -> int:
 
 def shared_memory(device: torch.device) -> int:
     """How many bytes of it a block may ask for."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 def cross_attention_backward(*args: Any) -> list[Tensor]:
@@ -123,4 +124,6 @@ def cross_attention_backward(*args: Any) -> list[Tensor]:
     """
     from mmfast.kernels import cross_attention_backward as triton
 
-    return triton.cross_attention_backward(*args, exact=True)
+    backward: Any = triton.cross_attention_backward
+    made: list[Tensor] = backward(*args, exact=True)
+    return made

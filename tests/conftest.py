@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-# The same examples every time: a promise about rounding is one about luck too. `--hypothesis-profile=default`
-# draws new ones.
+# The same examples every time: a promise about rounding is one about luck too. `--hypothesis-profile=new` draws
+# new ones.
 hypothesis.settings.register_profile("same", derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile("new", deadline=None)
 hypothesis.settings.load_profile("same")
 
 if not torch.cuda.is_available():

@@ -61,7 +61,7 @@ def use_descriptors(
     def fits(t: Tensor | None, step: int | None) -> bool:
         if t is None or step is None or t.numel() == 0 or step < t.shape[-1]:
             return False
-        return all(n % 16 == 0 for n in (t.data_ptr(), step * t.itemsize, t.shape[-1] * t.itemsize))
+        return _rows_at_multiples_of(16 // t.itemsize, t, step)
 
     wanted = bool(options.get("DESCRIPTORS")) and possible and bool(matrices)
     options["DESCRIPTORS"] = wanted and all(fits(*matrix) for matrix in matrices)
@@ -69,6 +69,20 @@ def use_descriptors(
         import triton  # not before: what else is here is used without it too
 
         triton.set_allocator(_memory_for_descriptors)
+
+
+def aligned(*matrices: tuple[Tensor | None, Sequence[int] | None]) -> bool:
+    """Whether Triton sees that every matrix, given with its rows' strides, lies in whole vectors.
+
+    It looks for multiples of 16 elements, of whatever size. Where there are none, each element is loaded or
+    stored by a pointer and an instruction of its own: a kernel then wants smaller tiles, or it spills.
+    """
+    return all(t is None or _rows_at_multiples_of(16, t, *(strides or ())) for t, strides in matrices)
+
+
+def _rows_at_multiples_of(elements: int, t: Tensor, *strides: int) -> bool:
+    """Whether rows begin and end there, and the first one at a multiple of 16 bytes."""
+    return t.data_ptr() % 16 == 0 and not any(n % elements for n in (t.shape[-1], *strides))
 
 
 def _memory_for_descriptors(size: int, alignment: int, stream: int | None) -> Tensor:

@@ -109,9 +109,9 @@ def lead_of(op: str, inputs: Sequence[Tensor]) -> torch.Size:
     lead = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
     if inputs[0].dtype == torch.float64:
         raise TypeError(f"{op}: got float64, wanted float32, bfloat16 or float16: Triton adds in float32")
-    if lead.numel() >= 2**31:
+    if lead.numel() >= 2**30:  # counted in 32 bits, past the last one to the end of a tile or of a part
         raise ValueError(
-            f"{op}: got {lead.numel()} rows, wanted fewer than 2**31, as Triton's kernels count them"
+            f"{op}: got {lead.numel()} rows, wanted fewer than 2**30, as Triton's kernels count them"
         )
     return lead
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfast.ops._backend import measured
+from mmfast.ops._backend import by_device, measured
 
 Triple = tuple[int, int, int]
 Blocks = dict[str, int]
@@ -36,14 +36,19 @@ def configuration(
     precision = "ieee" if exact else "tf32"
     key = f"{kernel}.{'half' if like.dtype.itemsize == 2 else precision}"
     tuned = measured(op, like.device).get("triton", {}).get(key)
-    generation = max((cc for cc in untuned if cc <= capability(like.device)), default=min(untuned))
-    return {"PRECISION": precision, **(tuned or untuned[generation][key])}
+    if tuned is None:
+        own = capability(like.device)
+        tuned = untuned[max((cc for cc in untuned if cc <= own), default=min(untuned))][key]
+    return {"PRECISION": precision, **tuned}
 
 
 def capability(device: torch.device) -> int:
     """The compute capability as one number, 90 for 9.0; the interpreter is given the oldest blocks."""
-    if device.type != "cuda":
-        return 80
+    return _capability(device) if device.type == "cuda" else 80
+
+
+@by_device
+def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from mmfast import ops
 from mmfast.bench.measure import Call, Result, Work, forward_backward, peak_bytes, present_mix, spare_kink
-from mmfast.bench.tune import under
-from mmfast.ops._backend import READY, choose
+from mmfast.bench.tune import with_backends
 
 OUT = 768
 MIXES = {
@@ -137,13 +136,11 @@ def _variants(activation: str, device: str) -> dict[str, Call]:
         first, *others = map(F.linear, _seen(inputs, present), parts, biases)
         return activate(first + functools.reduce(operator.add, others))
 
-    # Ours is the automatic choice, and its name says what that is; a GPU's other backends stand beside it.
-    chosen, states = choose("concat_linear", torch.device(device)), ops.available("concat_linear", device)
-    variants = {f"mmfast {chosen}": ours}
-    for backend in ("triton", "cuda"):
-        if device == "cuda" and states[backend] == READY and backend != chosen:
-            variants[f"mmfast {backend}"] = under(backend, ours)
-    return variants | {"eager": eager, "compiled": torch.compile(eager, dynamic=False), "split": split}
+    return with_backends("concat_linear", device, ours) | {
+        "eager": eager,
+        "compiled": torch.compile(eager, dynamic=False),
+        "split": split,
+    }
 
 
 def _seen(inputs: list[Tensor], present: Tensor | None) -> list[Tensor]:

@@ -20,8 +20,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from mmfast import ops
 from mmfast.bench.measure import Call, Result, Work, forward_backward, peak_bytes
-from mmfast.bench.tune import under
-from mmfast.ops._backend import READY, choose
+from mmfast.bench.tune import with_backends
 
 
 @dataclass(frozen=True)
@@ -254,12 +253,7 @@ def _variants(mix: Mix, device: str, backward: bool) -> dict[str, Call]:
         blocks = create_block_mask(seen, mix.batch, None, mix.queries, key.shape[2], device=str(query.device))
         return compiled(query, key, value, block_mask=blocks)
 
-    # Ours is the automatic choice, and its name says what that is; a GPU's other backends stand beside it.
-    chosen, states = choose("cross_attention", torch.device(device)), ops.available("cross_attention", device)
-    variants: dict[str, Call] = {f"mmfast {chosen}": ours}
-    for backend in ("triton", "cuda"):
-        if device == "cuda" and states[backend] == READY and backend != chosen:
-            variants[f"mmfast {backend}"] = under(backend, ours)
+    variants = with_backends("cross_attention", device, ours)
     if n == 1 and not mix.absent:
         return variants | {
             "sdpa": lambda query, sources, _: F.scaled_dot_product_attention(query, *sources[0])

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from mmfast import ops
 from mmfast.bench.measure import Call, Result, Work, forward_backward, present_mix
-from mmfast.bench.tune import under
-from mmfast.ops._backend import READY, choose
+from mmfast.bench.tune import with_backends
 
 # samples, widths of the modalities, rank, outputs
 SHAPES = {
@@ -111,11 +110,7 @@ def _variants(device: str) -> dict[str, Call]:
         product = functools.reduce(torch.mul, _seen(made, present))
         return torch.einsum("r,rbo->bo", rank_weight, product) + bias
 
-    chosen, states = choose("lowrank_fusion", torch.device(device)), ops.available("lowrank_fusion", device)
-    variants: dict[str, Call] = {f"mmfast {chosen}": ours}
-    if device == "cuda" and states["triton"] == READY and chosen != "triton":
-        variants["mmfast triton"] = under("triton", ours)
-    return variants | {
+    return with_backends("lowrank_fusion", device, ours) | {
         "published": published,
         "gemm": gemm,
     }

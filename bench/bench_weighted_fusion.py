@@ -14,8 +14,7 @@ from torch import Tensor
 
 from mmfast import ops
 from mmfast.bench.measure import Call, Result, Work, forward_backward, present_mix
-from mmfast.bench.tune import under
-from mmfast.ops._backend import READY, choose
+from mmfast.bench.tune import with_backends
 
 SOURCES = 3
 SHAPES = {"vectors": (256, 512), "sequences": (32, 196, 768)}  # of each source
@@ -81,11 +80,7 @@ def _variants(device: str) -> dict[str, Call]:
             weights = logits.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num()
         return (weights[..., None] * x).sum(-2)
 
-    chosen, states = choose("weighted_fusion", torch.device(device)), ops.available("weighted_fusion", device)
-    variants: dict[str, Call] = {f"mmfast {chosen}": ours}
-    if device == "cuda" and states["triton"] == READY and chosen != "triton":
-        variants["mmfast triton"] = under("triton", ours)
-    return variants | {
+    return with_backends("weighted_fusion", device, ours) | {
         "stacked": stacked,
         "compiled": torch.compile(stacked, dynamic=False),
         "terms": _reference,

@@ -25,7 +25,7 @@ from mmfast import bench, kernels, ops
 from mmfast.bench.measure import Call, Result, Work, WrongOutputError, ceilings, measure
 from mmfast.bench.report import Record
 from mmfast.kernels._launch import capability
-from mmfast.ops._backend import READY, TABLE
+from mmfast.ops._backend import READY, TABLE, choose
 
 Blocks = dict[str, int]
 TABLE_FILE = Path(ops.__file__).with_name("table.json")
@@ -81,6 +81,16 @@ def under(backend: str, call: Call) -> Call:
             return call(*args)
 
     return run
+
+
+def with_backends(op: str, device: str, call: Call) -> dict[str, Call]:
+    """Our variants: the automatic choice, whose name says what that is; beside it a GPU's other backends."""
+    chosen, states = choose(op, torch.device(device)), ops.available(op, device)
+    others = [name for name in ("triton", "cuda") if device == "cuda" and states[name] == READY]
+    return {
+        f"mmfast {chosen}": call,
+        **{f"mmfast {name}": under(name, call) for name in others if name != chosen},
+    }
 
 
 class Found(dict[str, Blocks]):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfast.ops._backend import measured
+from mmfast.ops._backend import by_device, measured
 
 Triple = tuple[int, int, int]
 Blocks = dict[str, int]
@@ -41,14 +41,19 @@ def configuration(
     precision = "ieee" if exact else "tf32"
     key = f"{kernel}.{'half' if like.dtype.itemsize == 2 else precision}"
     tuned = measured(op, like.device).get("triton", {}).get(key)
-    generation = max((cc for cc in untuned if cc <= capability(like.device)), default=min(untuned))
-    return {"PRECISION": precision, **(tuned or untuned[generation][key])}
+    if tuned is None:
+        own = capability(like.device)
+        tuned = untuned[max((cc for cc in untuned if cc <= own), default=min(untuned))][key]
+    return {"PRECISION": precision, **tuned}
 
 
 def capability(device: torch.device) -> int:
     """The compute capability as one number, 90 for 9.0; the interpreter is given the oldest blocks."""
-    if device.type != "cuda":
-        return 80
+    return _capability(device) if device.type == "cuda" else 80
+
+
+@by_device
+def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -66,7 +71,7 @@ def use_descriptors(
     def fits(t: Tensor | None, step: int | None) -> bool:
         if t is None or step is None or t.numel() == 0 or step < t.shape[-1]:
             return False
-        return all(n % 16 == 0 for n in (t.data_ptr(), step * t.itemsize, t.shape[-1] * t.itemsize))
+        return _rows_at_multiples_of(16 // t.itemsize, t, step)
 
     wanted = bool(options.get("DESCRIPTORS")) and possible and bool(matrices)
     options["DESCRIPTORS"] = wanted and all(fits(*matrix) for matrix in matrices)
@@ -74,6 +79,20 @@ def use_descriptors(
         import triton  # not before: what else is here is used without it too
 
         triton.set_allocator(_memory_for_descriptors)
+
+
+def aligned(*matrices: tuple[Tensor | None, Sequence[int] | None]) -> bool:
+    """Whether Triton sees that every matrix, given with its rows' strides, lies in whole vectors.
+
+    It looks for multiples of 16 elements, of whatever size. Where there are none, each element is loaded or
+    stored by a pointer and an instruction of its own: a kernel then wants smaller tiles, or it spills.
+    """
+    return all(t is None or _rows_at_multiples_of(16, t, *(strides or ())) for t, strides in matrices)
+
+
+def _rows_at_multiples_of(elements: int, t: Tensor, *strides: int) -> bool:
+    """Whether rows begin and end there, and the first one at a multiple of 16 bytes."""
+    return t.data_ptr() % 16 == 0 and not any(n % elements for n in (t.shape[-1], *strides))
 
 
 def _memory_for_descriptors(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -100,9 +119,9 @@ def lead_of(op: str, inputs: Sequence[Tensor]) -> torch.Size:
     lead = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
     if inputs[0].dtype == torch.float64:
         raise TypeError(f"{op}: got float64, wanted float32, bfloat16 or float16: Triton adds in float32")
-    if lead.numel() >= 2**31:
+    if lead.numel() >= 2**30:  # counted in 32 bits, past the last one to the end of a tile or of a part
         raise ValueError(
-            f"{op}: got {lead.numel()} rows, wanted fewer than 2**31, as Triton's kernels count them"
+            f"{op}: got {lead.numel()} rows, wanted fewer than 2**30, as Triton's kernels count them"
         )
     return lead
 

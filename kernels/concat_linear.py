@@ -27,6 +27,7 @@ from torch import Tensor
 from mmfast.kernels._activations import activate, tanh
 from mmfast.kernels._launch import (
     Triple,
+    aligned,
     blocks,
     configuration,
     contiguous,
@@ -44,7 +45,8 @@ from mmfast.kernels.concat_linear_backward import concat_linear_backward
 
 __all__ = ["concat_linear", "concat_linear_backward"]
 
-# By the oldest compute capability they are for. Nobody has tuned them on a device yet.
+# By the oldest compute capability they are for. Nobody has tuned them on a device yet. "unaligned" is for
+# matrices that do not lie in whole vectors (see `aligned`), few rows or many: small enough not to spill.
 UNTUNED = {
     80: {
         "forward.half": blocks(128, 128, 32, num_warps=8, num_stages=4),
@@ -53,6 +55,9 @@ UNTUNED = {
         "forward_few_rows.half": blocks(32, 64, 64, num_warps=4, num_stages=4),
         "forward_few_rows.tf32": blocks(32, 64, 32, num_warps=4, num_stages=3),
         "forward_few_rows.ieee": blocks(32, 32, 16, num_warps=4, num_stages=2),
+        "forward_unaligned.half": blocks(64, 64, 32, num_warps=8, num_stages=2),
+        "forward_unaligned.tf32": blocks(64, 64, 32, num_warps=8, num_stages=2),
+        "forward_unaligned.ieee": blocks(64, 32, 16, num_warps=4, num_stages=2),
     },
     90: {
         "forward.half": described(blocks(128, 128, 64, num_warps=8, num_stages=4)),
@@ -61,12 +66,16 @@ UNTUNED = {
         "forward_few_rows.half": blocks(64, 64, 64, num_warps=4, num_stages=4),
         "forward_few_rows.tf32": blocks(64, 64, 32, num_warps=4, num_stages=3),
         "forward_few_rows.ieee": blocks(32, 32, 16, num_warps=4, num_stages=2),
+        "forward_unaligned.half": described(blocks(64, 64, 32, num_warps=8, num_stages=2)),
+        "forward_unaligned.tf32": described(blocks(64, 64, 32, num_warps=8, num_stages=2)),
+        "forward_unaligned.ieee": blocks(64, 32, 16, num_warps=4, num_stages=2),
     },
 }
 UNTUNED[100] = {
     **UNTUNED[90],
     "forward.half": described(blocks(128, 64, 64, num_warps=8, num_stages=4)),
-}  # else it spills
+    "forward_unaligned.tf32": blocks(64, 64, 32, num_warps=8, num_stages=2),
+}  # else they spill
 
 
 @triton.jit
@@ -199,6 +208,10 @@ def _run(
     rows, width = sizes[0] * sizes[1] * sizes[2], out.shape[-1]
     present, num_sources, per_sample = flags
     name = "forward_few_rows" if rows <= 256 else "forward"
+    weights = [(source.weight, (weight.stride(0),)) for source in sources]
+    tiles = [(source.data, source.strides) for source in (*sources, *pooled)]
+    if not aligned((out, ()), residual, *weights, *tiles):
+        name = "forward_unaligned"
     options = configuration("concat_linear", name, weight, weight.dtype, UNTUNED)
     if activation == "swiglu":
         options["BLOCK_N"] //= 2  # two tiles of the output live at once
@@ -269,9 +282,9 @@ def concat_linear(
         norm: tuple[Tensor | None, ...] = (None,) * 4
         if norm_eps is not None:
             norm = mean, rstd, norm_weight, norm_bias
-            statistics_kernel[(triton.cdiv(rows, 16),)](
+            statistics_kernel[(triton.cdiv(rows, 4),)](
                 mean, rstd, tuple(sources), flags[0], flags[1], norm_eps, max(1, weight.shape[1]), rows,
-                *sizes[1:], flags[2], SOURCES=len(sources), BLOCK_M=16, BLOCK_K=128,
+                *sizes[1:], flags[2], SOURCES=len(sources), BLOCK_M=4, BLOCK_K=128, num_warps=4,
             )  # fmt: skip
         _run(
             out, preact, sources, pooled_sources, weight, bias, flags, norm,

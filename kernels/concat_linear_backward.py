@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmfast.kernels._activations import activate, derivative, tanh
 from mmfast.kernels._launch import (
+    aligned,
     blocks,
     configuration,
     contiguous,
@@ -34,9 +35,15 @@ UNTUNED = {
         "grad_input_few_rows.half": blocks(32, 64, 64, num_warps=4, num_stages=4),
         "grad_input_few_rows.tf32": blocks(32, 64, 32, num_warps=4, num_stages=3),
         "grad_input_few_rows.ieee": blocks(32, 32, 16, num_warps=4, num_stages=2),
+        "grad_input_unaligned.half": blocks(64, 64, 32, num_warps=8, num_stages=2),
+        "grad_input_unaligned.tf32": blocks(64, 64, 32, num_warps=8, num_stages=2),
+        "grad_input_unaligned.ieee": blocks(64, 64, 16, num_warps=8, num_stages=2),
         "grad_weight.half": blocks(128, 128, 32, num_warps=8, num_stages=4),
         "grad_weight.tf32": blocks(64, 64, 32, num_warps=8, num_stages=2),
         "grad_weight.ieee": blocks(64, 64, 16, num_warps=8, num_stages=2),
+        "grad_weight_unaligned.half": blocks(64, 64, 32, num_warps=8, num_stages=2),
+        "grad_weight_unaligned.tf32": blocks(64, 32, 32, num_warps=4, num_stages=2),
+        "grad_weight_unaligned.ieee": blocks(64, 32, 16, num_warps=8, num_stages=2),
     },
     90: {
         "grad_input.half": described(blocks(128, 128, 64, num_warps=8, num_stages=4)),
@@ -45,9 +52,15 @@ UNTUNED = {
         "grad_input_few_rows.half": blocks(64, 64, 64, num_warps=4, num_stages=4),
         "grad_input_few_rows.tf32": blocks(64, 64, 32, num_warps=4, num_stages=3),
         "grad_input_few_rows.ieee": blocks(32, 32, 16, num_warps=4, num_stages=2),
+        "grad_input_unaligned.half": described(blocks(64, 64, 32, num_warps=8, num_stages=2)),
+        "grad_input_unaligned.tf32": described(blocks(64, 64, 32, num_warps=8, num_stages=2)),
+        "grad_input_unaligned.ieee": blocks(64, 64, 16, num_warps=8, num_stages=2),
         "grad_weight.half": described(blocks(128, 128, 64, num_warps=8, num_stages=3)),
         "grad_weight.tf32": blocks(64, 64, 32, num_warps=4, num_stages=3),
         "grad_weight.ieee": blocks(64, 64, 16, num_warps=8, num_stages=2),
+        "grad_weight_unaligned.half": described(blocks(64, 64, 32, num_warps=8, num_stages=2)),
+        "grad_weight_unaligned.tf32": blocks(64, 64, 32, num_warps=8, num_stages=2),
+        "grad_weight_unaligned.ieee": blocks(64, 32, 16, num_warps=8, num_stages=2),
     },
 }
 UNTUNED[100] = {
@@ -324,6 +337,8 @@ def _grad_input(
     out = grad.new_empty(rows, width, dtype=dtype)
     present, num_sources, per_sample = presence(present, rows)
     name = "grad_input_few_rows" if rows <= 256 else "grad_input"
+    if not aligned((grad, ()), (weight, (weight.stride(0),))):
+        name = "grad_input_unaligned"
     options = configuration("concat_linear", name, grad, dtype, UNTUNED)
     use_descriptors(options, present is None, (grad, depth), (weight, weight.stride(0)))
     grid = (triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(width, options["BLOCK_N"]),)
@@ -342,7 +357,10 @@ def _grad_weight(
     (rows, height), width = grad.shape, x.shape[-1]
     sizes, (x,), (strides,) = walk(lead, [x])
     present, num_sources, per_sample = presence(present, rows)
-    options = configuration("concat_linear", "grad_weight", grad, x.dtype, UNTUNED)
+    name = "grad_weight"
+    if not aligned((grad, ()), (x, strides), (weight, (weight.stride(0),)), (out, (out.stride(0),))):
+        name = "grad_weight_unaligned"
+    options = configuration("concat_linear", name, grad, x.dtype, UNTUNED)
     possible = present is None and norm is None
     use_descriptors(options, possible, (grad, height), (x, row_step(sizes, strides)))
     tiles_m = triton.cdiv(height, options["BLOCK_M"])
@@ -385,8 +403,8 @@ def _grad_normed_inputs(
         )  # absent ones have a share in the row's means
         sources.append(Source(x, steps, i, x.shape[-1], block, columns.start, grads[i]))
     present, num_sources, per_sample = presence(present, rows)
-    norm_backward_kernel[(triton.cdiv(rows, 16),)](
+    norm_backward_kernel[(triton.cdiv(rows, 8),)](
         tuple(sources), present, num_sources, mean, rstd, norm_weight, max(1, weight.shape[1]), rows, n1, n2,
-        per_sample, SOURCES=len(sources), BLOCK_M=16, BLOCK_K=128,
+        per_sample, SOURCES=len(sources), BLOCK_M=8, BLOCK_K=128, num_warps=8,
     )  # fmt: skip
     return [dx.view(*lead, -1).sum_to_size(x.shape).to(x.dtype) for dx, x in zip(grads, inputs, strict=True)]

@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from mmfast import _native
 NATIVE = ("cpu", "triton", "cuda")
 BACKENDS = (*NATIVE, "reference")
 READY = "ready"
+Answer = TypeVar("Answer")
 
 LIB = torch.library.Library("mmfast", "FRAGMENT")  # module level: dropping it drops the ops
 TABLE: dict[str, dict[str, dict[str, Any]]] = json.loads(Path(__file__).with_name("table.json").read_text())
@@ -170,8 +171,23 @@ def measured(op: str, device: torch.device) -> dict[str, Any]:
     """What the committed table holds for ``op`` on ``device``; empty where nobody has measured it."""
     if device.type not in ("cpu", "cuda"):
         return {}
-    key = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    key = "cpu" if device.type == "cpu" else name_of(device)
     return TABLE.get(op, {}).get(key, {})
+
+
+def by_device(ask: Callable[[torch.device], Answer]) -> Callable[[torch.device], Answer]:
+    """Remembers what ``ask`` says of each GPU: PyTorch takes microseconds to say it anew.
+
+    Not of "cuda" without a number, which is another one as soon as another one is current.
+    """
+    remembered = functools.cache(ask)
+    return lambda device: ask(device) if device.index is None else remembered(device)
+
+
+@by_device
+def name_of(device: torch.device) -> str:
+    """The name of a GPU, as the table has it."""
+    return torch.cuda.get_device_name(device)
 
 
 def native_calls(name: str) -> int:

@@ -23,6 +23,7 @@ from mmfast.bench import (
     bench_lowrank_fusion,
     bench_training_step,
     bench_weighted_fusion,
+    tune,
 )
 from mmfast.bench.measure import measure
 from mmfast.bench.report import Record
@@ -148,6 +149,27 @@ def test_every_variant_computes_what_it_is_measured_for(tiny, suite, at):
         suite is FEWER and peers == [p for p in PEERS[suite] if p in peers] != []
     )
     assert set(work.required) <= set(peers)
+
+
+@pytest.mark.parametrize(
+    "suite",
+    [
+        bench_concat_linear,
+        bench_contrastive_loss,
+        bench_cross_attention,
+        bench_lowrank_fusion,
+        bench_weighted_fusion,
+    ],
+)
+def test_every_backend_of_a_gpu_is_a_variant_chosen_or_not(monkeypatch, suite):
+    ready = {"cpu": "it is for cpu tensors", "triton": "ready", "cuda": "ready", "reference": "ready"}
+    monkeypatch.setattr(ops, "available", lambda op, device: ready)
+    for chosen, others in (("reference", ["triton", "cuda"]), ("triton", ["cuda"])):
+        monkeypatch.setattr(tune, "choose", lambda op, device, chosen=chosen: chosen)
+        for work in suite.works("cuda"):
+            first = [name for name in work.variants if name.startswith("mmfast")]
+            assert first == [f"mmfast {name}" for name in (chosen, *others)]
+            assert first == list(work.variants)[: len(first)], "ours, to which the others are compared"
 
 
 def test_every_peer_of_cross_attention_does_some_work_and_every_promise_is_measured():

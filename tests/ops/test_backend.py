@@ -89,6 +89,13 @@ def test_a_device_that_nobody_measured_gets_the_reference(monkeypatch):
     _backend._from_table.cache_clear()
 
 
+def test_a_gpu_is_asked_once_and_the_current_one_every_time():
+    asked = []
+    ask = _backend.by_device(lambda device: asked.append(device) or len(asked))
+    numbered, current = torch.device("cuda", 1), torch.device("cuda")
+    assert [ask(numbered), ask(numbered), ask(current), ask(current)] == [1, 1, 2, 3]
+
+
 def test_without_the_native_library_the_op_still_runs():
     code = """
 import pathlib, torch

@@ -137,6 +137,16 @@ def test_float32_products_follow_pytorch(setting, wanted):
         torch.backends.cuda.matmul.fp32_precision = before
 
 
+def test_rows_that_32_bits_cannot_count_to_the_end_of_a_part_are_refused():
+    row, weight = torch.zeros(1, 3, device=DEVICE), torch.zeros(4, 3, device=DEVICE)
+    assert _launch.lead_of("concat_linear", [row.expand(2**30 - 1, 3), row]) == (2**30 - 1,)
+    with (
+        backend("triton"),
+        pytest.raises(ValueError, match=r"got 1073741824 rows, wanted fewer than 2\*\*30"),
+    ):
+        concat_linear([row.expand(2**30, 3), row], weight)
+
+
 def test_float64_is_refused_by_name():
     x, weight = torch.zeros(2, 3, dtype=torch.float64, device=DEVICE), torch.zeros(4, 3, dtype=torch.float64)
     with (

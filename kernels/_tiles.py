@@ -1,5 +1,6 @@
 """Rows, masks and loads inside a kernel, shared by the kernels that walk several sources."""
 
+import os
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -9,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.kernels._launch import Triple
+
+INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 class Source(NamedTuple):
@@ -56,6 +59,23 @@ def any_of(mask):
 @triton.jit
 def load_tile(pointers, row_mask, column_mask):
     return tl.load(pointers, mask=row_mask[:, None] & column_mask[None, :], other=0.0)
+
+
+@triton.jit
+def multiply(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b``. What a tensor core gets in float32 it cuts off to TF32, and every sum is too small by
+    some 7e-4: here it is rounded, as PyTorch's products have it. The interpreter multiplies exactly.
+    """
+    if PRECISION == "tf32" and not INTERPRETED:
+        a, b = to_tf32(a), to_tf32(b)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def to_tf32(x):
+    if x.dtype == tl.float32:
+        x = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
+    return x
 
 
 @triton.jit

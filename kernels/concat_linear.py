@@ -40,7 +40,16 @@ from mmfast.kernels._launch import (
     use_descriptors,
     walk,
 )
-from mmfast.kernels._tiles import Source, any_of, columns_of, load_row, load_tile, row_offset, rows_with
+from mmfast.kernels._tiles import (
+    Source,
+    any_of,
+    columns_of,
+    load_row,
+    load_tile,
+    multiply,
+    row_offset,
+    rows_with,
+)
 from mmfast.kernels.concat_linear_backward import concat_linear_backward
 
 __all__ = ["concat_linear", "concat_linear_backward"]
@@ -74,7 +83,7 @@ UNTUNED = {
 UNTUNED[100] = {
     **UNTUNED[90],
     "forward.half": described(blocks(128, 64, 64, num_warps=8, num_stages=4)),
-    "forward_unaligned.tf32": blocks(64, 64, 32, num_warps=8, num_stages=2),
+    "forward_unaligned.tf32": blocks(64, 32, 32, num_warps=8, num_stages=2),
 }  # else they spill
 
 
@@ -160,13 +169,13 @@ def forward_kernel(
                 tile_w = w_tiles.load([column0, k0]).T
             else:
                 tile_w = load_tile(w + (k0 + k)[:, None], left, kept)  # [K, N]
-            a = tl.dot(tile_x, tile_w, a, input_precision=PRECISION)
+            a = multiply(tile_x, tile_w, a, PRECISION)
             if SWIGLU:
                 if DESCRIPTORS:
                     tile_w = w_tiles.load([width + column0, k0]).T
                 else:
                     tile_w = load_tile(w2 + (k0 + k)[:, None], left, kept)
-                b = tl.dot(tile_x, tile_w, b, input_precision=PRECISION)
+                b = multiply(tile_x, tile_w, b, PRECISION)
 
     for i in tl.static_range(POOLED):
         source = pooled[i]

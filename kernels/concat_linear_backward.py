@@ -24,7 +24,16 @@ from mmfast.kernels._launch import (
     use_descriptors,
     walk,
 )
-from mmfast.kernels._tiles import Source, any_of, columns_of, load_row, load_tile, row_offset, rows_with
+from mmfast.kernels._tiles import (
+    Source,
+    any_of,
+    columns_of,
+    load_row,
+    load_tile,
+    multiply,
+    row_offset,
+    rows_with,
+)
 
 # By the oldest compute capability they are for. Nobody has tuned them on a device yet.
 UNTUNED = {
@@ -42,7 +51,7 @@ UNTUNED = {
         "grad_weight.tf32": blocks(64, 64, 32, num_warps=8, num_stages=2),
         "grad_weight.ieee": blocks(64, 64, 16, num_warps=8, num_stages=2),
         "grad_weight_unaligned.half": blocks(64, 64, 32, num_warps=8, num_stages=2),
-        "grad_weight_unaligned.tf32": blocks(64, 32, 32, num_warps=4, num_stages=2),
+        "grad_weight_unaligned.tf32": blocks(64, 32, 32, num_warps=8, num_stages=2),
         "grad_weight_unaligned.ieee": blocks(64, 32, 16, num_warps=8, num_stages=2),
     },
     90: {
@@ -66,7 +75,9 @@ UNTUNED = {
 UNTUNED[100] = {
     **UNTUNED[90],
     "grad_input.tf32": blocks(128, 64, 32, num_warps=8, num_stages=3),
-}  # else it spills
+    "grad_input_few_rows.tf32": blocks(64, 64, 32, num_warps=8, num_stages=3),
+    "grad_weight_unaligned.tf32": blocks(64, 32, 32, num_warps=8, num_stages=2),
+}  # else they spill
 
 _CHUNK = 256  # rows whose presence is looked up together
 _PROGRAMS = (
@@ -153,7 +164,7 @@ def grad_input_kernel(
             w = weight + (k0 + k).to(tl.int64)[:, None] * weight_stride + column[None, :]
             tile_w = load_tile(w, left, kept)
         tile_w = tile_w.to(tile_g.dtype)
-        dx = tl.dot(tile_g, tile_w, dx, input_precision=PRECISION)
+        dx = multiply(tile_g, tile_w, dx, PRECISION)
     dx = tl.where(seen[:, None], dx, 0.0)
     tl.store(
         out + row.to(tl.int64)[:, None] * width + column[None, :], dx, mask=inside[:, None] & kept[None, :]
@@ -202,7 +213,7 @@ def grad_weight_kernel(
             if mean is not None:
                 m = tl.load(mean + row, mask=inside, other=0.0)[:, None]
                 x = (x.to(tl.float32) - m) * tl.load(rstd + row, mask=inside, other=0.0)[:, None]
-            product = tl.dot(tl.trans(g), x.to(g.dtype), product, input_precision=PRECISION)
+            product = multiply(tl.trans(g), x.to(g.dtype), product, PRECISION)
 
     both = kept_o[:, None] & kept_k[None, :]
     if mean is not None:

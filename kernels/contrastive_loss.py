@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.kernels._launch import blocks, configuration, dense, on
-from mmfast.kernels._tiles import load_tile
+from mmfast.kernels._tiles import load_tile, multiply
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)  # exponentials are powers of 2: one instruction
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -40,6 +40,7 @@ UNTUNED[90] = {
 }
 UNTUNED[100] = {
     **UNTUNED[90],
+    "loss.tf32": blocks(128, 32, 32, num_warps=8, num_stages=3),
     "loss.ieee": blocks(32, 32, 16, num_warps=8, num_stages=2),
     "gradient.ieee": {**blocks(32, 32, 16, num_warps=8, num_stages=1), "BLOCK_E": 32},
 }
@@ -65,10 +66,9 @@ def products_of(
     s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in range(0, features, BLOCK_K):
         inside = k0 + k < features
-        s = tl.dot(
-            load_tile(left + k0, rows, inside), tl.trans(load_tile(right + k0, columns, inside)), s,
-            input_precision=PRECISION,
-        )  # fmt: skip
+        s = multiply(
+            load_tile(left + k0, rows, inside), tl.trans(load_tile(right + k0, columns, inside)), s, PRECISION
+        )
     return s
 
 
@@ -184,7 +184,7 @@ def gradient_kernel(
             features_of = load_tile(
                 y + column.to(tl.int64)[:, None] * y_stride + e[None, :], columns, e < features
             )  # [N, E]
-            acc = tl.dot(slope.to(features_of.dtype), features_of, acc, input_precision=PRECISION)
+            acc = multiply(slope.to(features_of.dtype), features_of, acc, PRECISION)
     if out is not None:
         at = out + row.to(tl.int64)[:, None] * features + e[None, :]
         tl.store(at, acc * (upstream * factor), mask=(row < n)[:, None] & (e < features)[None, :])

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.kernels._launch import blocks, configuration, contiguous, dense, lead_of, on, presence
-from mmfast.kernels._tiles import any_of, load_row, load_tile, rows_with
+from mmfast.kernels._tiles import any_of, load_row, load_tile, multiply, rows_with
 from mmfast.kernels.concat_linear_backward import _grad_input, _grad_weight
 
 __all__ = ["lowrank_fusion", "lowrank_fusion_backward"]
@@ -26,7 +26,7 @@ __all__ = ["lowrank_fusion", "lowrank_fusion_backward"]
 UNTUNED = {
     80: {
         "forward.half": blocks(64, 64, 32, num_warps=8, num_stages=3),
-        "forward.tf32": blocks(64, 64, 32, num_warps=8, num_stages=3),
+        "forward.tf32": blocks(64, 32, 32, num_warps=8, num_stages=3),
         "forward.ieee": blocks(32, 32, 16, num_warps=4, num_stages=2),
     },
 }
@@ -77,7 +77,7 @@ def product_kernel(
                 tile_x = load_tile(x + (k0 + k)[None, :], seen, left)
                 feature = (k0 + k).to(tl.int64)[:, None] * m.feature_stride
                 tile_w = load_tile(w + feature + column[None, :], left, kept)
-                factor = tl.dot(tile_x, tile_w, factor, input_precision=PRECISION)
+                factor = multiply(tile_x, tile_w, factor, PRECISION)
             factor += load_row(w + tl.cast(m.width, tl.int64) * m.feature_stride, column, kept, 0.0)
             factor = tl.where(seen[:, None], factor, 1.0)
             if products is not None:

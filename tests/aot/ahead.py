@@ -26,6 +26,7 @@ class Compiled(NamedTuple):
     shared: int
     instructions: frozenset  # of wgmma, mma, tcgen05
     described: bool  # are tiles read through tensor descriptors, by the TMA
+    rounded: bool  # to TF32
 
 
 def compile_for(capability: int, kind: str) -> list[Compiled]:
@@ -256,5 +257,5 @@ def report(kernel, case: str, capability: int, kind: str) -> Compiled:
     spilled = used["STACK"] + used["LOCAL"]
     return Compiled(
         kernel.name, case, capability, kind, used["REG"], spilled, kernel.metadata.shared, frozenset(found),
-        "cp.async.bulk.tensor" in ptx,
+        "cp.async.bulk.tensor" in ptx, "cvt.rna.tf32" in ptx,
     )  # fmt: skip

@@ -78,6 +78,10 @@ def test_matrix_products_run_on_tensor_cores_and_exact_float32_does_not(compiled
             assert bool(c.instructions) == (c.kind != "ieee"), c
 
 
+def test_what_is_multiplied_in_tf32_is_rounded_to_it_first(compiled):
+    assert not [c for c in compiled if c.kind == "tf32" and c.instructions and not c.rounded]
+
+
 def test_large_tiles_take_the_newest_instructions(compiled):
     """Attention's small tiles take the older ones, and so does its TF32 where an operand lies the wrong way round."""
     for c in compiled:

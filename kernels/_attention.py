@@ -59,6 +59,8 @@ def sources_of(
     So three and four of them share a kernel, whichever of them have a length or a mask.
     """
     chosen = range(len(keys)) if chosen is None else chosen
+    if len({t.dtype for t in lengths if t is not None}) > 1:  # a kernel picks one pointer of several
+        lengths = [None if t is None else t.long() for t in lengths]
     any_length = next((t.contiguous() for t in lengths if t is not None), None)
     any_mask = next((t for t in masks if t is not None), None)
     made = []
@@ -129,29 +131,45 @@ def splits_of(programs: int, keys: Sequence[Tensor], num_warps: int) -> int:
 
 
 @triton.jit
-def size_of(source):
-    return source.packed >> 5
+def nth(values, i):
+    """``values[i]``, where only the run knows ``i``: to unroll a kernel over 16 sources takes minutes."""
+    found = values[0]
+    for j in tl.static_range(1, len(values)):
+        found = tl.where(i == j, values[j], found)
+    return found
 
 
 @triton.jit
-def number_of(source):
-    return source.number >> 2
+def packed_of(sources, i):
+    return nth([source.packed for source in sources], i)
 
 
 @triton.jit
-def limits(source, sample, queries, present, present_step, flag_step):
+def number_of(sources, i):
+    return nth([source.number for source in sources], i) >> 2
+
+
+@triton.jit
+def size_of(packed):
+    return packed >> 5
+
+
+@triton.jit
+def limits(sources, i, sample, queries, present, present_step, flag_step):
     """``(limit, lead)``: row l sees keys below ``min(limit, l + lead)``, as far as its own presence and the
     mask let it.
     """
-    size = size_of(source)
+    packed = packed_of(sources, i)
+    size = size_of(packed)
     limit = size
-    if source.length is not None:
-        length = tl.load(source.length + sample, mask=(source.packed & 8) != 0, other=size)
+    if sources[0].length is not None:
+        length = nth([source.length for source in sources], i)
+        length = tl.load(length + sample, mask=(packed & 8) != 0, other=size)
         limit = tl.minimum(tl.maximum(length, 0), size).to(tl.int32)
     if present is not None and flag_step is None:
-        flag = tl.load(present + sample.to(tl.int64) * present_step + number_of(source))
+        flag = tl.load(present + sample.to(tl.int64) * present_step + number_of(sources, i))
         limit = tl.where(flag != 0, limit, 0)
-    return limit, tl.where((source.packed & 16) != 0, size - queries + 1, size)
+    return limit, tl.where((packed & 16) != 0, size - queries + 1, size)
 
 
 @triton.jit
@@ -181,16 +199,19 @@ def bias_of(source_bias, strides, sample, head, number):
 
 
 @triton.jit
-def seen_of(source, sample, head, row, queries, present, present_step, flag_step, source_bias, bias_strides):
+def seen_of(
+    sources, i, sample, head, row, queries, present, present_step, flag_step, source_bias, bias_strides
+):
     """The bias of a source, and before the mask how many of its keys each row sees, all rows see, and the
     sample has.
     """
-    bias = bias_of(source_bias, bias_strides, sample, head, number_of(source))
-    most, lead = limits(source, sample, queries, present, present_step, flag_step)
+    number = number_of(sources, i)
+    bias = bias_of(source_bias, bias_strides, sample, head, number)
+    most, lead = limits(sources, i, sample, queries, present, present_step, flag_step)
     limit = tl.where(bias == float("-inf"), 0, most)
     flags = None
     if flag_step is not None:
-        flags = present + sample.to(tl.int64) * present_step + number_of(source)
+        flags = present + sample.to(tl.int64) * present_step + number
     end = ends_of(row, queries, limit, lead, flags, flag_step)  # [M]
     return bias, end, tl.min(tl.where(row < queries, end, limit), 0), most
 
@@ -205,7 +226,7 @@ def share_of_tiles(
     """
     tiles = 0
     for i in tl.static_range(SOURCES):
-        most, _ = limits(sources[i], sample, queries, present, present_step, flag_step)
+        most, _ = limits(sources, i, sample, queries, present, present_step, flag_step)
         tiles += tl.cdiv(most, BLOCK_N)
     share = tl.cdiv(tiles, tl.num_programs(1))
     return tl.program_id(1) * share, share
@@ -222,6 +243,25 @@ def unmasked(mask, is_masked, k, inside):
 @triton.jit
 def start_of(tensor, strides, sample, head):
     return tensor + sample.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+
+
+@triton.jit
+def rows_of(tensors, strides, i, sample, head):
+    """Where the i-th tensor begins for one head, and the step from row to row."""
+    across = nth([stride[0] for stride in strides], i), nth([stride[1] for stride in strides], i)
+    return start_of(nth(tensors, i), across, sample, head), nth([stride[2] for stride in strides], i)
+
+
+@triton.jit
+def keys_and_values_of(sources, i, sample, head):
+    """Source ``i``'s keys for one head, and the step from row to row; then the same of its values."""
+    key, key_stride = rows_of(
+        [source.key for source in sources], [source.key_strides for source in sources], i, sample, head
+    )
+    value, value_stride = rows_of(
+        [source.value for source in sources], [source.value_strides for source in sources], i, sample, head
+    )
+    return key, key_stride, value, value_stride
 
 
 @triton.jit

@@ -30,7 +30,10 @@ from mmfast.kernels._attention import (
     bias_of_sources,
     depths,
     is_finite,
+    keys_and_values_of,
     load_rows,
+    nth,
+    packed_of,
     presence,
     seen_of,
     share_of_tiles,
@@ -42,6 +45,7 @@ from mmfast.kernels._attention import (
     unmasked,
 )  # fmt: skip
 from mmfast.kernels._launch import configuration, dense, on
+from mmfast.kernels._tiles import multiply
 from mmfast.kernels.cross_attention_backward import cross_attention_backward
 
 __all__ = ["cross_attention", "cross_attention_backward"]
@@ -92,7 +96,7 @@ def attend(
         k = k0 + tl.arange(0, BLOCK_N)
         inside = unmasked(mask, is_masked, k, k < last)  # [N]
         keys = load_rows(key, key_stride, k, inside, DEPTH, BLOCK_D)  # [N, D]
-        logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale + bias  # [M, N]
+        logits = multiply(q, tl.trans(keys), None, PRECISION) * scale + bias  # [M, N]
         if ROWS_DIFFER:
             seen = inside[None, :] & (k[None, :] < end[:, None])
             logits = tl.where(seen, logits, float("-inf"))
@@ -108,7 +112,7 @@ def attend(
         if ROWS_DIFFER:
             spoilt = tl.maximum(spoilt, tl.max(tl.max((is_finite(values) == 0).to(tl.int32), 1), 0))
             values = tl.where(is_finite(values), values, 0.0)
-        acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+        acc = multiply(weights.to(values.dtype), values, acc, PRECISION)
         top = higher
     if ROWS_DIFFER:
         d = tl.arange(0, BLOCK_DV)
@@ -153,25 +157,25 @@ def forward_kernel(
         tile, share = share_of_tiles(
             sources, sample, queries, present, present_step, flag_step, SOURCES, BLOCK_N
         )
-    for i in tl.static_range(SOURCES):
-        source = sources[i]
+    for i in range(SOURCES):
         bias, end, whole, most = seen_of(
-            source, sample, head, row, queries, present, present_step, flag_step, source_bias, bias_strides
-        )
+            sources, i, sample, head, row, queries, present, present_step, flag_step,
+            source_bias, bias_strides,
+        )  # fmt: skip
         first, whole = 0, whole // BLOCK_N * BLOCK_N
         if SPLIT:
             first = tl.maximum(tile, 0) * BLOCK_N
             whole = tl.minimum(tl.maximum(whole, first), (tile + share) * BLOCK_N)
-        key = start_of(source.key, source.key_strides, sample, head // group)
-        value = start_of(source.value, source.value_strides, sample, head // group)
-        mask = source.mask
-        if mask is not None:
-            mask += sample.to(tl.int64) * size_of(source)
+        key, key_stride, value, value_stride = keys_and_values_of(sources, i, sample, head // group)
+        packed = packed_of(sources, i)
+        mask = None
+        if sources[0].mask is not None:
+            mask = nth([source.mask for source in sources], i) + sample.to(tl.int64) * size_of(packed)
         before = top
         total = tl.zeros([BLOCK_M], tl.float32)
         top, total, acc = attend(
-            q, top, total, acc, key, source.key_strides[2], value, source.value_strides[2], mask,
-            (source.packed & 4) != 0, scale * LOG2E, bias * LOG2E, end, first, whole, False,
+            q, top, total, acc, key, key_stride, value, value_stride, mask,
+            (packed & 4) != 0, scale * LOG2E, bias * LOG2E, end, first, whole, False,
             PRECISION, DEPTH, VALUE_DEPTH, BLOCK_D, BLOCK_DV, BLOCK_N,
         )  # fmt: skip
         last = tl.max(end, 0)  # not before: it would hold a register through the first loop
@@ -179,8 +183,8 @@ def forward_kernel(
             last = tl.minimum(last, (tile + share) * BLOCK_N)
             tile -= tl.cdiv(most, BLOCK_N)  # from here on counted in the next source
         top, total, acc = attend(
-            q, top, total, acc, key, source.key_strides[2], value, source.value_strides[2], mask,
-            (source.packed & 4) != 0, scale * LOG2E, bias * LOG2E, end, whole, last, True,
+            q, top, total, acc, key, key_stride, value, value_stride, mask,
+            (packed & 4) != 0, scale * LOG2E, bias * LOG2E, end, whole, last, True,
             PRECISION, DEPTH, VALUE_DEPTH, BLOCK_D, BLOCK_DV, EDGE,
         )  # fmt: skip
         fade = tl.exp2(before - tl.where(top == float("-inf"), 0.0, top))
@@ -260,8 +264,8 @@ def cross_attention(
 ) -> list[Tensor]:  # fmt: skip
     """Launches the forward; arguments and results are those of ``torch.ops.mmfast.cross_attention``.
 
-    Copied first: a query, key or value whose last dimension is not dense, and lengths, masks and presence
-    that are not contiguous.
+    Copied first: a query, key or value whose last dimension is not dense, lengths, masks and presence that
+    are not contiguous, and int32 lengths beside int64 ones.
     """
     depth, size = depths("cross_attention", query, values[0])
     batch, heads, queries, _ = query.shape

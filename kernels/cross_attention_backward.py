@@ -20,9 +20,12 @@ from mmfast.kernels._attention import (
     depths,
     ends_of,
     is_finite,
+    keys_and_values_of,
     limits,
     load_rows,
+    nth,
     number_of,
+    packed_of,
     presence,
     seen_of,
     share_of_tiles,
@@ -34,14 +37,14 @@ from mmfast.kernels._attention import (
     unmasked,
 )  # fmt: skip
 from mmfast.kernels._launch import configuration, dense, on
-from mmfast.kernels._tiles import any_of
+from mmfast.kernels._tiles import any_of, multiply
 
 # By the oldest compute capability they are for, and by depth: large ones that do not spill. No device tuned
 # them yet.
 UNTUNED = {
     80: {
         "grad_query_64.half": tiles(128, 64, num_warps=8, num_stages=2),
-        "grad_query_64.tf32": tiles(64, 32, num_warps=8, num_stages=1),
+        "grad_query_64.tf32": tiles(32, 32, num_warps=8, num_stages=1),
         "grad_query_64.ieee": tiles(32, 32, num_warps=8, num_stages=1),
         "grad_query_128.half": tiles(64, 64, num_warps=8, num_stages=2),
         "grad_query_128.tf32": tiles(32, 32, num_warps=8, num_stages=2),
@@ -50,7 +53,7 @@ UNTUNED = {
         "grad_query_256.tf32": tiles(16, 32, num_warps=8, num_stages=1),
         "grad_query_256.ieee": tiles(16, 16, num_warps=8, num_stages=1),
         "grad_source_64.half": tiles(32, 128, num_warps=8, num_stages=2),
-        "grad_source_64.tf32": tiles(16, 128, num_warps=8, num_stages=2),
+        "grad_source_64.tf32": tiles(32, 32, num_warps=8, num_stages=2),
         "grad_source_64.ieee": tiles(32, 32, num_warps=8, num_stages=1),
         "grad_source_128.half": tiles(32, 64, num_warps=8, num_stages=2),
         "grad_source_128.tf32": tiles(32, 32, num_warps=8, num_stages=2),
@@ -100,14 +103,15 @@ def delta_kernel(
         start_of(grad, grad_strides, sample, head), grad_strides[2], row, real, VALUE_DEPTH, BLOCK_DV
     )
     o = load_rows(start_of(out, out_strides, sample, head), out_strides[2], row, real, VALUE_DEPTH, BLOCK_DV)
+    d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
     count = tl.zeros([BLOCK_M], tl.int32)
-    for i in tl.static_range(SOURCES):
-        source = sources[i]
+    for i in range(SOURCES):
         _, end, _, _ = seen_of(
-            source, sample, head, row, queries, present, present_step, flag_step, source_bias, bias_strides
-        )
-        count = count_up_to_two(count, source, sample, end)
-    d = tl.where(count == 1, 0.0, tl.sum(g.to(tl.float32) * o.to(tl.float32), 1))
+            sources, i, sample, head, row, queries, present, present_step, flag_step,
+            source_bias, bias_strides,
+        )  # fmt: skip
+        count = count_up_to_two(count, sources, i, sample, end)
+    d = tl.where(count == 1, 0.0, d)
     at = both.to(tl.int64) * queries + row
     tl.store(alone + at, count == 1, mask=real)
     if grad_lse is not None:
@@ -116,18 +120,19 @@ def delta_kernel(
 
 
 @triton.jit
-def count_up_to_two(count, source, sample, end):
+def count_up_to_two(count, sources, i, sample, end):
     """Adds to ``count`` the keys below ``end`` that the mask leaves, at least until there are two."""
-    if source.mask is None:
+    if sources[0].mask is None:
         count += end
     else:
-        is_masked = (source.packed & 4) != 0
+        packed = packed_of(sources, i)
+        size, is_masked = size_of(packed), (packed & 4) != 0
         count += tl.where(is_masked, 0, end)
-        mask = source.mask + sample.to(tl.int64) * size_of(source)
-        k0 = tl.where(is_masked, 0, size_of(source))
+        mask = nth([source.mask for source in sources], i) + sample.to(tl.int64) * size
+        k0 = tl.where(is_masked, 0, size)
         while tl.max(((count < 2) & (k0 < end)).to(tl.int32), 0) > 0:
             k = k0 + tl.arange(0, 64)
-            left = unmasked(mask, is_masked, k, k < size_of(source))  # [N]
+            left = unmasked(mask, is_masked, k, k < size)  # [N]
             count += tl.sum((left[None, :] & (k[None, :] < end[:, None])).to(tl.int32), 1)
             k0 += 64
     return count
@@ -170,16 +175,16 @@ def differentiate(
         inside = unmasked(mask, is_masked, k, k < last)  # [N]
         keys = load_rows(key, key_stride, k, inside, DEPTH, BLOCK_D)  # [N, D]
         values = load_rows(value, value_stride, k, inside, VALUE_DEPTH, BLOCK_DV)  # [N, Dv]
-        logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale + bias  # [M, N]
+        logits = multiply(q, tl.trans(keys), None, PRECISION) * scale + bias  # [M, N]
         weights = tl.exp2(logits - shift[:, None])
-        ds = weights * (tl.dot(g, tl.trans(values), input_precision=PRECISION) - delta[:, None])
+        ds = weights * (multiply(g, tl.trans(values), None, PRECISION) - delta[:, None])
         if ROWS_DIFFER:
             ds = tl.where(inside[None, :] & (k[None, :] < end[:, None]), ds, 0.0)
             keys = tl.where(is_finite(keys), keys, 0.0)  # where it is seen, ds is nan and stays it
         elif mask is not None:
             ds = tl.where(inside[None, :], ds, 0.0)
         total += tl.sum(ds, 1)
-        dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
+        dq = multiply(ds.to(keys.dtype), keys, dq, PRECISION)
     return dq, total
 
 
@@ -214,23 +219,23 @@ def grad_query_kernel(
         tile, share = share_of_tiles(
             sources, sample, queries, present, present_step, flag_step, SOURCES, BLOCK_N
         )
-    for i in tl.static_range(SOURCES):
-        source = sources[i]
+    for i in range(SOURCES):
         bias, end, whole, most = seen_of(
-            source, sample, head, row, queries, present, present_step, flag_step, source_bias, bias_strides
-        )
+            sources, i, sample, head, row, queries, present, present_step, flag_step,
+            source_bias, bias_strides,
+        )  # fmt: skip
         first, whole = 0, whole // BLOCK_N * BLOCK_N
         if SPLIT:
             first = tl.maximum(tile, 0) * BLOCK_N
             whole = tl.minimum(tl.maximum(whole, first), (tile + share) * BLOCK_N)
-        key = start_of(source.key, source.key_strides, sample, head // group)
-        value = start_of(source.value, source.value_strides, sample, head // group)
-        mask = source.mask
-        if mask is not None:
-            mask += sample.to(tl.int64) * size_of(source)
+        key, key_stride, value, value_stride = keys_and_values_of(sources, i, sample, head // group)
+        packed = packed_of(sources, i)
+        mask = None
+        if sources[0].mask is not None:
+            mask = nth([source.mask for source in sources], i) + sample.to(tl.int64) * size_of(packed)
         dq, inner = differentiate(
-            q, g, shift, d, dq, key, source.key_strides[2], value, source.value_strides[2], mask,
-            (source.packed & 4) != 0, scale * LOG2E, bias * LOG2E, end, first, whole, False,
+            q, g, shift, d, dq, key, key_stride, value, value_stride, mask,
+            (packed & 4) != 0, scale * LOG2E, bias * LOG2E, end, first, whole, False,
             PRECISION, DEPTH, VALUE_DEPTH, BLOCK_D, BLOCK_DV, BLOCK_N,
         )  # fmt: skip
         last = tl.max(end, 0)  # not before: it would hold a register through the first loop
@@ -238,8 +243,8 @@ def grad_query_kernel(
             last = tl.minimum(last, (tile + share) * BLOCK_N)
             tile -= tl.cdiv(most, BLOCK_N)  # from here on counted in the next source
         dq, edge = differentiate(
-            q, g, shift, d, dq, key, source.key_strides[2], value, source.value_strides[2], mask,
-            (source.packed & 4) != 0, scale * LOG2E, bias * LOG2E, end, whole, last, True,
+            q, g, shift, d, dq, key, key_stride, value, value_stride, mask,
+            (packed & 4) != 0, scale * LOG2E, bias * LOG2E, end, whole, last, True,
             PRECISION, DEPTH, VALUE_DEPTH, BLOCK_D, BLOCK_DV, EDGE,
         )  # fmt: skip
         if bias_sum is not None:
@@ -280,50 +285,25 @@ def grad_source_kernel(
 ):  # fmt: skip
     """Gradients of a block of keys and values of one source, over all queries of the heads that read them."""
     blocks = 0
-    for i in tl.static_range(SOURCES):
-        blocks += tl.cdiv(size_of(sources[i]), BLOCK_N)
+    for j in tl.static_range(SOURCES):
+        blocks += tl.cdiv(size_of(sources[j].packed), BLOCK_N)
     both = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     sample, kv_head = both // kv_heads, both % kv_heads
 
     # The blocks of all sources stand in one row. A block is of the last source that begins at it or before
     # it.
-    begin = 0
-    for i in tl.static_range(SOURCES):
-        source = sources[i]
-        limit_i, lead_i = limits(source, sample, queries, present, present_step, flag_step)
-        dense = (both.to(tl.int64)) * size_of(source)
-        mine = block >= begin
-        if i == 0:
-            packed, number, limit, lead, first = source.packed, number_of(source), limit_i, lead_i, begin
-            key_stride, value_stride = source.key_strides[2], source.value_strides[2]
-            key = start_of(source.key, source.key_strides, sample, kv_head)
-            value = start_of(source.value, source.value_strides, sample, kv_head)
-            mask, grad_key, grad_value = source.mask, source.grad_key, source.grad_value
-            if grad_key is not None:
-                grad_key += dense * DEPTH
-            if grad_value is not None:
-                grad_value += dense * VALUE_DEPTH
-        else:
-            packed = tl.where(mine, source.packed, packed)
-            number = tl.where(mine, number_of(source), number)
-            limit, lead = tl.where(mine, limit_i, limit), tl.where(mine, lead_i, lead)
-            first = tl.where(mine, begin, first)
-            key_stride = tl.where(mine, source.key_strides[2], key_stride)
-            value_stride = tl.where(mine, source.value_strides[2], value_stride)
-            key = tl.where(mine, start_of(source.key, source.key_strides, sample, kv_head), key)
-            value = tl.where(mine, start_of(source.value, source.value_strides, sample, kv_head), value)
-            if mask is not None:
-                mask = tl.where(mine, source.mask, mask)
-            if grad_key is not None:
-                grad_key = tl.where(mine, source.grad_key + dense * DEPTH, grad_key)
-            if grad_value is not None:
-                grad_value = tl.where(mine, source.grad_value + dense * VALUE_DEPTH, grad_value)
-        begin += tl.cdiv(size_of(source), BLOCK_N)
-
-    size = packed >> 5
-    if mask is not None:
-        mask += sample.to(tl.int64) * size
+    begin, first, i = 0, 0, 0
+    for j in tl.static_range(SOURCES):
+        i, first = tl.where(block >= begin, j, i), tl.where(block >= begin, begin, first)
+        begin += tl.cdiv(size_of(sources[j].packed), BLOCK_N)
+    limit, lead = limits(sources, i, sample, queries, present, present_step, flag_step)
+    key, key_stride, value, value_stride = keys_and_values_of(sources, i, sample, kv_head)
+    number, packed = number_of(sources, i), packed_of(sources, i)
+    size = size_of(packed)
+    mask = None
+    if sources[0].mask is not None:
+        mask = nth([source.mask for source in sources], i) + sample.to(tl.int64) * size
     k0 = (block - first) * BLOCK_N
     k = k0 + tl.arange(0, BLOCK_N)
     inside = unmasked(mask, (packed & 4) != 0, k, k < limit)  # [N]
@@ -366,19 +346,22 @@ def grad_source_kernel(
             g = load_rows(g_start, grad_strides[2], row, sees, VALUE_DEPTH, BLOCK_DV)  # [M, Dv]
             g, d = normalized(g, d, normalizers, row_of + row, real, PRECISION)
             seen = inside[:, None] & (k[:, None] < end[None, :])
-            logits = tl.dot(keys, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) + bias * LOG2E
+            logits = multiply(keys, tl.trans(q), None, PRECISION) * (scale * LOG2E) + bias * LOG2E
             weights = tl.where(seen, tl.exp2(logits - shift[None, :]), 0.0)  # [N, M]
-            if grad_value is not None:
-                dv = tl.dot(weights.to(g.dtype), g, dv, input_precision=PRECISION)
-            if grad_key is not None:
+            if sources[0].grad_value is not None:
+                dv = multiply(weights.to(g.dtype), g, dv, PRECISION)
+            if sources[0].grad_key is not None:
                 is_alone = tl.load(alone + row_of + row, mask=real, other=1) != 0
-                dp = tl.dot(values, tl.trans(g), input_precision=PRECISION)
+                dp = multiply(values, tl.trans(g), None, PRECISION)
                 dp = tl.where(is_alone[None, :], 0.0, dp)
                 ds = tl.where(seen, weights * (dp - d[None, :]), 0.0)
-                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    if grad_key is not None:
+                dk = multiply(ds.to(q.dtype), q, dk, PRECISION)
+    if sources[0].grad_key is not None:  # picked here, not to hold registers through the loops
+        grad_key = nth([source.grad_key for source in sources], i) + both.to(tl.int64) * size * DEPTH
         store_rows(grad_key, dk * scale, k, k < size, inside, DEPTH, BLOCK_D)
-    if grad_value is not None:
+    if sources[0].grad_value is not None:
+        grad_value = nth([source.grad_value for source in sources], i)
+        grad_value += both.to(tl.int64) * size * VALUE_DEPTH
         store_rows(grad_value, dv, k, k < size, inside, VALUE_DEPTH, BLOCK_DV)
 
 

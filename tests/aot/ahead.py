@@ -27,6 +27,7 @@ class Compiled(NamedTuple):
     instructions: frozenset  # of wgmma, mma, tcgen05
     described: bool  # are tiles read through tensor descriptors, by the TMA
     rounded: bool  # to TF32
+    lines: int  # of PTX
 
 
 def compile_for(capability: int, kind: str) -> list[Compiled]:
@@ -167,7 +168,7 @@ def contrastive_loss_cases(dtype):
 
 def cross_attention_cases(dtype):
     """Each class of depths once with all that a kernel can be asked for, and once with next to nothing; the most
-    common one also with what fills a batch of documents, and with its keys split.
+    common one also with what fills a batch of documents, with its keys split, and with as many sources as may be.
     """
     import torch
 
@@ -206,6 +207,7 @@ def cross_attention_cases(dtype):
         yield f"depth {depth}, everything", lambda depth=depth: launch(depth, 4, **everything)
         yield f"depth {depth}, everything, three sources", lambda depth=depth: launch(depth, 3, **everything)
     yield "depth 128, lengths and presence", lambda: launch(128, 4, lengths=True, present=2, bias=True)
+    yield "depth 64, everything, sixteen sources", lambda: launch(64, 16, **everything)
     yield "depth 64, one source, split", lambda: launch(64, 1, split=True)
     yield "depth 128, everything, split", lambda: launch(128, 4, **everything, split=True)
 
@@ -257,5 +259,5 @@ def report(kernel, case: str, capability: int, kind: str) -> Compiled:
     spilled = used["STACK"] + used["LOCAL"]
     return Compiled(
         kernel.name, case, capability, kind, used["REG"], spilled, kernel.metadata.shared, frozenset(found),
-        "cp.async.bulk.tensor" in ptx, "cvt.rna.tf32" in ptx,
+        "cp.async.bulk.tensor" in ptx, "cvt.rna.tf32" in ptx, ptx.count("\n"),
     )  # fmt: skip

@@ -138,7 +138,7 @@ def test_float32_products_follow_pytorch(setting, wanted):
 
 
 def test_rows_that_32_bits_cannot_count_to_the_end_of_a_part_are_refused():
-    row, weight = torch.zeros(1, 3, device=DEVICE), torch.zeros(4, 3, device=DEVICE)
+    row, weight = torch.zeros(1, 3, device=DEVICE), torch.zeros(4, 6, device=DEVICE)
     assert _launch.lead_of("concat_linear", [row.expand(2**30 - 1, 3), row]) == (2**30 - 1,)
     with (
         backend("triton"),

@@ -45,6 +45,7 @@ ACCEPTED = {
     *(("grad_query_kernel", "depth 128, everything", capability, "half") for capability in (80, 90)),
     *(("grad_query_kernel", "depth 128, everything, split", capability, "half") for capability in (80, 90)),
     ("grad_source_kernel", "depth 128, everything", 90, "half"),
+    ("delta_kernel", "depth 128, everything", 100, "half"),
 }
 
 

@@ -139,7 +139,9 @@ __attribute__((always_inline)) inline void step_on(Vec<T> (&sum)[R][VECTORS], co
 // One chain of n additions loses about n eps, chains of BLOCK that are then added up sqrt(n BLOCK) eps. For
 // bfloat16 either is nothing; float64 is there to be exact.
 template <class T>
-constexpr int64_t BLOCK = sizeof(T) == 2 ? 1 << 14 : sizeof(T) == 4 ? 128 : 16;
+constexpr int64_t BLOCK = sizeof(T) == 2   ? 1 << 14
+                          : sizeof(T) == 4 ? 128
+                                           : 16;
 
 template <class T>
 auto into_tile(Acc<T>* c) {

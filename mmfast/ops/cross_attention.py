@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Sequence
-from types import NoneType
 from typing import Any, Literal, overload
 
 import torch
@@ -15,6 +14,7 @@ from mmfast.ops.reference import AttentionStats
 
 INTEGERS = (torch.int32, torch.int64)
 MOST_SOURCES = 16
+SEQUENCE = (list, tuple)  # once: `list | tuple` is made anew at each call
 
 Source = tuple[Tensor, Tensor]
 PerSource = Sequence[Tensor | None] | None
@@ -95,17 +95,20 @@ def cross_attention(
     The online softmax is that of Milakov and Gimelshein (2018), its tiling and backward those of Dao,
     FlashAttention-2 (2023).
     """
-    _require_pairs(sources)
-    n = len(sources)
+    keys, values = _pairs(sources)
+    n = len(keys)
     _require("query", query, Tensor, "a tensor")
-    _require("scale", scale, (int, float, NoneType), "a number or None")
+    if scale is not None:
+        _require("scale", scale, (int, float), "a number or None")
     _require("return_stats", return_stats, bool, "a bool")
-    lengths, masks = _per_source("lengths", lengths, n), _per_source("masks", masks, n)
+    lengths = [None] * n if lengths is None else _per_source("lengths", lengths, n)
+    masks = [None] * n if masks is None else _per_source("masks", masks, n)
     causal = _causal_of_each(causal, n)
-    query, *kv = autocast(query, *[key for key, _ in sources], *[value for _, value in sources])
+    query, *kv = autocast(query, *keys, *values)
     keys, values = kv[:n], kv[n:]
-    _check(query, keys, values, lengths, masks, present, source_bias)
-    backend = choose("cross_attention", query.device)
+    device = query.device  # once: to ask for it takes six times as long as is_cpu
+    _check(query, device, keys, values, lengths, masks, present, source_bias)
+    backend = choose("cross_attention", device)
     if backend == "reference":
         return reference.cross_attention(
             query,
@@ -181,26 +184,25 @@ def _require(name: str, given: Any, kind: Any, wanted: str) -> None:
         raise TypeError(f"cross_attention: {name} is a {type(given).__name__}, wanted {wanted}")
 
 
-def _require_pairs(sources: Any) -> None:
-    _require("sources", sources, list | tuple, "a list of (key, value) pairs")
+def _pairs(sources: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values."""
+    _require("sources", sources, SEQUENCE, "a list of (key, value) pairs")
     if not 1 <= len(sources) <= MOST_SOURCES:
         raise _wrong("the number of sources", len(sources), f"1 to {MOST_SOURCES}")
+    keys, values = [], []
     for i, source in enumerate(sources):
-        if not (
-            isinstance(source, list | tuple)
-            and len(source) == 2
-            and isinstance(source[0], Tensor)
-            and isinstance(source[1], Tensor)
-        ):
-            raise TypeError(
-                f"cross_attention: sources[{i}] is a {type(source).__name__}, wanted (key, value)"
-            )
+        if isinstance(source, SEQUENCE) and len(source) == 2:
+            key, value = source
+            if isinstance(key, Tensor) and isinstance(value, Tensor):
+                keys.append(key)
+                values.append(value)
+                continue
+        raise TypeError(f"cross_attention: sources[{i}] is a {type(source).__name__}, wanted (key, value)")
+    return keys, values
 
 
 def _per_source(name: str, given: Any, n: int) -> list[Tensor | None]:
-    if given is None:
-        return [None] * n
-    _require(name, given, list | tuple, "a list, one for each source")
+    _require(name, given, SEQUENCE, "a list, one for each source")
     if len(given) != n:
         raise _wrong(f"the number of {name}", len(given), f"{n}, one for each source")
     return list(given)
@@ -217,6 +219,7 @@ def _causal_of_each(given: Any, n: int) -> list[bool]:
 
 def _check(
     query: Tensor,
+    device: torch.device,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     lengths: Sequence[Tensor | None],
@@ -224,7 +227,7 @@ def _check(
     present: Any,
     source_bias: Any,
 ) -> None:
-    dtype, device, n = query.dtype, query.device, len(keys)
+    dtype, n = query.dtype, len(keys)
     require_dtype("cross_attention", "query", dtype)
     if query.dim() != 4:
         raise _wrong("query", query.shape, "[B, H, L, D]")
@@ -232,9 +235,12 @@ def _check(
     if depth == 0:
         raise _wrong("query", query.shape, "at least one feature a head")
     kv_heads = value_depth = None
-    for i, (key, value, length, mask) in enumerate(zip(keys, values, lengths, masks, strict=True)):
+    on_cpu = query.is_cpu
+    for i in range(n):  # a zip that is strict takes as long as four looks at a tensor
+        key, value, length, mask = keys[i], values[i], lengths[i], masks[i]
         of_key, of_value = key.shape, value.shape  # once: to look at a tensor takes time
-        alike = key.dtype is dtype is value.dtype and key.device == device == value.device
+        there = key.is_cpu and value.is_cpu if on_cpu else key.device == device == value.device
+        alike = key.dtype is dtype is value.dtype and there
         if not alike or len(of_key) != 4 or len(of_value) != 4:
             for name, one in (("key", key), ("value", value)):
                 if one.dtype != dtype or one.device != device:
@@ -245,11 +251,11 @@ def _check(
         size = of_key[2]
         if kv_heads is None:
             kv_heads, value_depth = of_key[1], of_value[3]
-        if of_key[0] != batch or of_key[3] != depth:
-            raise _wrong(f"key of sources[{i}]", of_key, f"[{batch}, Hkv, S, {depth}] like query")
-        if of_key[1] != kv_heads:
+        if of_key != (batch, kv_heads, size, depth):
+            if of_key[0] != batch or of_key[3] != depth:
+                raise _wrong(f"key of sources[{i}]", of_key, f"[{batch}, Hkv, S, {depth}] like query")
             raise _wrong(f"key of sources[{i}]", of_key, f"{kv_heads} heads as in sources[0]")
-        if kv_heads == 0 or heads % kv_heads:
+        if i == 0 and (kv_heads == 0 or heads % kv_heads):
             raise _wrong(f"key of sources[{i}]", of_key, f"heads that divide query's {heads}")
         if of_value != (batch, kv_heads, size, value_depth):
             wanted = [batch, kv_heads, size, value_depth]

@@ -87,9 +87,10 @@ def held(name: str, variant: str) -> Callable[[], object]:
 def test_concat_linear(
     measured: Result, variant: str, rounds: Callable[[BenchmarkFixture], None], benchmark: BenchmarkFixture
 ) -> None:
-    """Every variant's rounds; and what we hold beside the output has no room for a concatenation."""
+    """Every variant's rounds; and what our kernels hold beside the output has no room for a concatenation."""
     rounds(benchmark)
-    if variant == measured.ours and variant in measured.peak_bytes and "backward" not in measured.work:
+    kernel = variant == measured.ours != "mmfast reference"
+    if kernel and variant in measured.peak_bytes and "backward" not in measured.work:
         rows = 32 * 196 * torch.float32.itemsize
         width = sum(shape[-1] for shape in MIXES[measured.work.split()[0]])
         assert measured.peak_bytes[variant] < rows * OUT + rows * width / 2

@@ -102,9 +102,9 @@ def held(dtype: str, device: str, variant: str) -> Callable[[], object]:
 def test_cross_attention(
     measured: Result, variant: str, rounds: Callable[[BenchmarkFixture], None], benchmark: BenchmarkFixture
 ) -> None:
-    """Every variant's rounds; and ours holds less beside the inputs than any peer."""
+    """Every variant's rounds; and our kernels hold less beside the inputs than any peer."""
     rounds(benchmark)
-    if variant == measured.ours:
+    if variant == measured.ours != "mmfast reference":
         peers = [held for name, held in measured.peak_bytes.items() if not name.startswith("mmfast")]
         assert all(measured.peak_bytes[variant] < peer for peer in peers)
 

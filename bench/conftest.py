@@ -10,9 +10,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from rich.console import Console
 
 from mmfast.bench.measure import Result, Work, ceilings, measure
-from mmfast.bench.report import RESULTS, Record
+from mmfast.bench.report import RESULTS, Machine, Record
 
 _DONE = pytest.StashKey[dict[str, list[Result]]]()  # by the module that asked
+_CEILINGS = pytest.StashKey[dict[str, dict[str, float]]]()  # by device
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
-    config.stash[_DONE] = {}
+    config.stash[_DONE], config.stash[_CEILINGS] = {}, {}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -41,7 +42,10 @@ def measured(request: pytest.FixtureRequest) -> Result:
     """All variants of one piece of work, measured together when the first of them is asked for."""
     work: Work = request.param
     torch.compiler.reset()
-    result = measure(work, seconds=request.config.getoption("--seconds"))
+    rates = request.config.stash[_CEILINGS]
+    if work.device not in rates:  # before the work: a GPU that it breaks answers nothing any more
+        rates[work.device] = ceilings(work.device)
+    result = measure(work, seconds=request.config.getoption("--seconds"), strict=False)
     request.config.stash[_DONE].setdefault(request.module.__name__, []).append(result)
     return result
 
@@ -55,6 +59,8 @@ def rounds(
     It times one function after the other, and fair rounds hold all variants: so the timer that it reads here
     is one that replays what ``measure`` has timed.
     """
+    if variant in measured.failed:
+        pytest.fail(measured.failed[variant], pytrace=False)
     if variant not in measured.seconds:
         pytest.skip(f"{variant} does not do this work")
     seconds = measured.seconds[variant]
@@ -78,7 +84,9 @@ def pytest_terminal_summary(
     folder = config.getoption("--results")
     partial = exitstatus or terminalreporter.stats.get("deselected")
     for module, results in config.stash[_DONE].items():
-        record = Record(module.rpartition(".bench_")[2], results, ceilings(results[0].device))
+        device = results[0].device
+        name, rates = module.rpartition(".bench_")[2], config.stash[_CEILINGS][device]
+        record = Record(name, results, rates, Machine.here(device))
         tty = terminalreporter.hasmarkup
         console = Console(width=None if tty else 160, force_terminal=tty)
         with console.capture() as text:

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # `make gpu`: on a machine with a GPU and a torch of its own, offline. Installs into that Python where the tools are
-# there, else runs from the checkout; then the GPU tests and the benchmarks, whose records go to bench/results.
-# Each step says what failed and the rest still runs; the exit status is 1 when anything failed. At most 8 minutes.
+# there, else runs from the checkout; then the GPU tests and the benchmarks, whose records go to bench/results or
+# $RESULTS. Each step says what failed and the rest still runs; the exit status is 1 when anything failed. At most
+# 8 minutes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
+RESULTS=${RESULTS:-bench/results}
 END=$((SECONDS + 470))
-failed=()
+failed=() parallel=()
 
 # step NAME SECONDS COMMAND...: at most that long, and never beyond the end; a polite interrupt lets pytest report.
 step() {
@@ -43,15 +45,23 @@ step "doctor" 60 "$PYTHON" -c 'from mmfast.doctor import main; main()'
 
 # Only the files that hold GPU tests: others may import what such a machine does not have.
 mapfile -t tests < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
+"$PYTHON" -c 'import xdist' 2> /dev/null && parallel=(-n 8) # most of the time Triton compiles
 if ((${#tests[@]})); then
-  step "GPU tests" 240 "$PYTHON" -m pytest -q -m gpu --continue-on-collection-errors "${tests[@]}"
+  step "GPU tests" 180 "$PYTHON" -m pytest -q -m gpu "${parallel[@]}" --continue-on-collection-errors "${tests[@]}"
 else
   failed+=("GPU tests: there are none")
 fi
-# Attention first: it has the most kernels that only a GPU runs. A suite that is cut short records what it has.
-bench=("$PYTHON" -m pytest -q --benchmark-only --seconds 0.5 --results bench/results)
-step "attention benchmarks" 240 "${bench[@]}" mmfast/bench/bench_cross_attention*.py
-step "other benchmarks" 240 "${bench[@]}" mmfast/bench --ignore-glob='*cross_attention*'
+# A process for each suite, those first whose kernels only a GPU runs: what breaks a GPU's context breaks it for the
+# rest of a process. A suite that is cut short records what it has.
+for suite in cross_attention concat_linear contrastive_loss weighted_fusion lowrank_fusion training_step \
+  cross_attention_scaling; do
+  if [ $suite = training_step ] && ! "$PYTHON" -c 'import jsonargparse' 2> /dev/null; then
+    echo "== bench_$suite is left out: this Python has no jsonargparse"
+    continue
+  fi
+  step "bench_$suite" 60 "$PYTHON" -m pytest -q --benchmark-only --seconds=0.2 --results="$RESULTS" \
+    "mmfast/bench/bench_$suite.py"
+done
 
 if ((${#failed[@]})); then
   printf 'failed: %s\n' "${failed[@]}"

@@ -34,8 +34,8 @@ class Machine:
     limits: dict[str, str] = field(default_factory=dict)  # environment that kept the run from some of them
 
     @classmethod
-    def here(cls) -> "Machine":
-        """This machine and this process."""
+    def here(cls, device: str = "cuda") -> "Machine":
+        """This machine and this process; without its GPU where ``device``, which did the work, is "cpu"."""
         info = Path("/proc/cpuinfo")
         text = info.read_text() if info.exists() else ""
         model = re.search(r"^model name\s*: (.+)", text, re.MULTILINE)
@@ -45,7 +45,7 @@ class Machine:
             instruction_sets=[flag for flag in _FLAGS if flag in flags],
             cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
             threads=torch.get_num_threads(),
-            gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            gpu=torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else None,
             versions={"python": platform.python_version()}
             | {p: _version(p) for p in ("torch", "triton", "mmfast")},
             limits={name: os.environ[name] for name in _LIMITS if name in os.environ},
@@ -66,7 +66,10 @@ def _version(package: str) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with ``+`` where tracked files differ from it; empty outside a checkout."""
+    """The checkout's commit, with ``+`` where tracked files differ from it.
+
+    Outside a checkout, as on a machine that a copy was sent to, it is what ``MMFAST_COMMIT`` says, or empty.
+    """
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(RESULTS.parent), *args]
@@ -76,9 +79,10 @@ def commit() -> str:
         changed = git(
             "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)bench/results"
         )
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+        found = git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except FileNotFoundError:
-        return ""
+        found = ""
+    return found or os.environ.get("MMFAST_COMMIT", "")
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class Record:
             f"measured in this run: {rates}\n"
             "x is a peer's time over ours within a round: median (quartiles); above 1 we are faster"
         )
-        peers = dict.fromkeys(peer for r in self.results for peer in list(r.seconds)[1:])
+        peers = dict.fromkeys(peer for r in self.results for peer in [*list(r.seconds)[1:], *r.failed])
         table = Table(title=self.name, caption=caption, caption_justify="left", title_justify="left")
         table.add_column("work")
         for head in (f"{self.results[0].ours}, ms", "of GEMM rate", *peers):
@@ -136,7 +140,10 @@ class Record:
         for r in self.results:
             share = self.share(r)
             cells: list[str | Text] = [_milliseconds(r.time(r.ours)), f"{share:.0%}" if share else ""]
-            cells += [_ratio(r.ratio(p), r.required.get(p)) if p in r.seconds else "" for p in peers]
+            cells += [
+                _ratio(r.ratio(p), r.required.get(p)) if p in r.seconds else "failed" if p in r.failed else ""
+                for p in peers
+            ]
             table.add_row(f"{r.work} {r.dtype}", *cells)
             if r.samples:
                 speeds = [

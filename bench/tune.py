@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from mmfast import bench, kernels, ops
 from mmfast.bench.measure import Call, Result, Work, WrongOutputError, ceilings, measure
-from mmfast.bench.report import Record
+from mmfast.bench.report import Machine, Record
 from mmfast.kernels._launch import capability
 from mmfast.ops._backend import READY, TABLE, choose
 
@@ -54,7 +54,7 @@ def tune(op: str, seconds: float) -> None:
     # backends differ by far more than inputs and rounds do, and a plain form may take seconds
     works = [replace(work, sets=1, rounds=(5, work.rounds[1])) for work in works]
     results = list(tqdm(compare(works, ready, seconds), op, len(works), disable=None))
-    record = Record(op, results, ceilings(device))
+    record = Record(op, results, ceilings(device), Machine.here(device))
     print(record.table())
     entry["backend"] = fastest(record.results, ready)
     print(f"{op}: {entry['backend']}")

@@ -51,7 +51,7 @@ inline void in_huge_pages(void* block, size_t bytes) {
 
 inline Tensor empty(const Shape& shape, const Shape& strides, ScalarType type) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
                                aoti_torch_device_type_cpu(), 0, &handle));

@@ -101,7 +101,9 @@ class _ConcatLinear(torch.autograd.Function):
         out, *made = _FORWARD[backend](
             inputs, weight, bias, present, norm_eps, norm_weight, norm_bias, activation, residual, gate, save
         )
-        preact = out if relu_last else made.pop(0) if save else None
+        preact = out if relu_last else None
+        if save:
+            preact, *made = made
         mean, rstd = made or (None, None)
         ctx.options = backend, norm_eps, activation, None if residual is None else residual.shape
         ctx.save_for_backward(present, weight, norm_weight, norm_bias, gate, preact, mean, rstd, *inputs)

@@ -2,11 +2,12 @@
 
 import io
 from dataclasses import replace
+from types import SimpleNamespace
 
 from rich.console import Console
 
 from mmfast.bench.measure import Result
-from mmfast.bench.report import Machine, Record
+from mmfast.bench.report import Machine, Record, commit
 
 MACHINE = Machine("A CPU (R) 9000", ["avx2"], 2, 2, None, {"python": "3.12", "torch": "2.14.1"})
 RESULTS = [
@@ -68,6 +69,25 @@ def test_wins_and_losses_are_both_shown_with_their_spread():
 def test_samples_a_second_stand_beside_the_times():
     row = next(line for line in shown(RECORD).splitlines() if "samples/s" in line)
     assert "8000.00" in row and "3809.52" in row  # 8 in 1 ms and in 2.1
+
+
+def test_a_peer_that_failed_is_not_left_out_of_the_table():
+    failed = replace(RESULTS[0], failed={"broken": "RuntimeError: no room"})
+    text = shown(replace(RECORD, results=[failed]))
+    assert "broken" in text
+    assert next(line for line in text.splitlines() if "won" in line).split("│")[-2].strip() == "failed"
+
+
+def test_what_a_processor_did_is_not_recorded_under_the_gpus_name(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
+    assert Machine.here().slug == "nvidia-h200" and Machine.here("cpu").gpu is None
+
+
+def test_a_copy_of_a_checkout_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("MMFAST_COMMIT", "0123456789ab")
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: SimpleNamespace(stdout=""))
+    assert commit() == "0123456789ab"
 
 
 def test_a_peer_that_did_not_take_part_has_no_figure():

@@ -42,6 +42,31 @@ def test_a_wrong_variant_is_an_error_before_anything_is_timed(monkeypatch):
         quick(work(ours=torch.exp, cheat=lambda x: x + 1))
 
 
+def test_unless_it_is_strict_what_fails_is_left_out_and_named():
+    def broken(x):
+        raise RuntimeError("no room")
+
+    variants = {"ours": torch.exp, "cheat": lambda x: x + 1, "broken": broken, "peer": torch.exp}
+    result = measure(work(**variants), seconds=0.0, rounds=(5, 5), strict=False)
+    assert list(result.seconds) == ["ours", "peer"]
+    assert result.failed["cheat"].startswith("WrongOutputError: work float32: cheat: output 0 is off by")
+    assert result.failed["broken"] == "RuntimeError: no room"
+    with pytest.raises(WrongOutputError):  # without ours there is nothing to compare
+        measure(work(ours=lambda x: x + 1, peer=torch.exp), seconds=0.0, strict=False)
+
+
+def test_our_other_backends_get_no_more_slack_than_we_do():
+    def rounded(x):  # to 6e-5
+        return x + 1000 - 1000
+
+    def coarse(x):
+        return rounded(x) + 1e-4
+
+    variants = {"ours": rounded, "peer": coarse, "mmfast triton": coarse}
+    result = measure(work(rounded, **variants), seconds=0.0, rounds=(5, 5), strict=False)
+    assert list(result.seconds) == ["ours", "peer"] and list(result.failed) == ["mmfast triton"]
+
+
 @pytest.mark.parametrize(
     "wrong", [lambda x: x.double(), lambda x: x[:3], lambda x: x * torch.nan, lambda x: x + 1e-4]
 )

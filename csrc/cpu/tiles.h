@@ -34,7 +34,9 @@ struct Multiplying {
 
 // worker(take) on every thread, where take() is the next of lines * of_line tasks, or -1 after the last:
 // whoever is free goes on, since absence makes some tasks short, and another process may have a core for a
-// while. A thread follows a line of tasks to its end, each starts at another one. `cost` of a task: in
+// while. A thread follows a line of tasks to its end, each starts at another one. Lines are circles, each
+// begun elsewhere: lines often read the same, and two threads that read and write nearly the same place
+// hinder each other where the machine's other users fill its memory's queues. `cost` of a task: in
 // multiplications. Products of T are made in here only.
 template <class T, class F>
 void take_turns(int64_t lines, int64_t of_line, int64_t cost, const F& worker) {
@@ -46,7 +48,8 @@ void take_turns(int64_t lines, int64_t of_line, int64_t cost, const F& worker) {
     int64_t line = begin / of_line, ended = 0;
     worker([&]() -> int64_t {
       for (; ended < lines; ++ended, line = (line + 1) % lines)
-        if (const int64_t task = next[line]++; task < of_line) return line * of_line + task;
+        if (const int64_t task = next[line]++; task < of_line)
+          return line * of_line + (task + line * of_line / lines) % of_line;
       return -1;
     });
   });
@@ -107,6 +110,12 @@ struct Centring {
 template <class T>
 void fetch_to_write(const T* to, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(to + i, 1);
+}
+
+// Ask for them in the second cache: they are read soon, but not now.
+template <class T>
+void fetch_ahead(const T* from, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(from + i, 0, 2);
 }
 
 // Packed elements of a line of k: whole groups of them.
@@ -274,6 +283,7 @@ template <class T, class Begin, class End>
 void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vector<Term<T>>& terms,
                      Begin begin, End end, const Into<T>& into = {}) {
   using A = typename wide<T>::type;
+  if (rows == 0 || columns == 0) return;
   constexpr int64_t TILES = 8;  // of a task: its rows stay in a core's second cache
   const auto& kernels = tile_kernels<T>();
   const int64_t height = kernels.rows, width = kernels.columns;
@@ -283,20 +293,27 @@ void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vec
     depth += sums * t.right[0].depth;
     if (t.centring) centred += t.right[0].depth;
   }
-  const int64_t group = rows > 512 ? 4 : 1;  // panels of a task: those after the first find its rows near
   const int64_t panels = parts(columns, width), blocks = parts(order.tiles.size(), TILES);
+  // Panels of a task: those after the first find its rows near.
+  const int64_t across = parts(panels, rows > 512 ? 6 : 1), group = parts(panels, across);
+  // A line for each thread: panels of its own, or else rows.
+  const int64_t down = std::min(parts(torch::stable::get_num_threads(), across), blocks);
+  const int64_t of_line = parts(blocks, down);
+  const int64_t* const end_of_rows = order.rows.data() + rows;
   const bool direct = into.out && kernels.multiply_into && sums == 1 && !terms.empty();
   const int64_t cost = std::clamp(rows, MEMORY, TILES * height) * group * width * (depth + MEMORY);
 
-  take_turns<T>(parts(panels, group), blocks, cost, [&](auto take) {
+  take_turns<T>(across * down, of_line, cost, [&](auto take) {
     Panels<T> right(terms, rows, sums, group);
     Rows<T> ready(terms.size() * TILES * height);  // of the task, term by term
     const Buffer<T> memory(std::min(rows, TILES * height), centred);
     Sums<T> c[2];
     for (int64_t task; (task = take()) >= 0;) {
-      const int64_t first_panel = task / blocks * group, end_panel = std::min(first_panel + group, panels);
+      const int64_t line = task / of_line, block = line / across * of_line + task % of_line;
+      if (block >= blocks) continue;  // the last rows' lines may be shorter
+      const int64_t first_panel = line % across * group, end_panel = std::min(first_panel + group, panels);
       right.go_to(first_panel, end_panel);
-      const auto* const first = order.tiles.data() + task % blocks * TILES;
+      const auto* const first = order.tiles.data() + block * TILES;
       const auto* const last = std::min(first + TILES, order.tiles.data() + order.tiles.size());
       const int64_t* const own = order.rows.data() + first->first;
       const int64_t count = (last - 1)->first + (last - 1)->count - first->first;
@@ -328,6 +345,8 @@ void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vec
             const T *left[TileKernels<T>::MOST_ROWS], *const *const x = &ready[k * TILES * height];
             if (!x[begun]) continue;
             for (int64_t i = 0; i < height; ++i) left[i] = x[row(i)];
+            if (const int64_t* const next = own + count + begun + p - first_panel; next < end_of_rows)
+              if (const T* const later = terms[k].left[*next]) fetch_ahead(later, terms[k].right[0].depth);
             if (straight && k + 1 == terms.size()) {
               T *out[TileKernels<T>::MOST_ROWS], *preact[TileKernels<T>::MOST_ROWS];
               for (int64_t i = 0; i < height; ++i) {

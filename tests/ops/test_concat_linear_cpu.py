@@ -182,6 +182,19 @@ def test_any_number_of_threads_is_as_exact_and_repeats_its_bits():
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("rows", [1, 500, 700, 1200])
+@pytest.mark.parametrize("columns", [40, 450, 800])
+def test_threads_that_share_rows_and_columns_leave_nothing_out(rows, columns):
+    arguments = cast(example(((rows, 24), (rows, 8)), columns, grad=False), torch.float32)
+    check(on("cpu"), reference.concat_linear, arguments, torch.float32)
+    before, outs = torch.get_num_threads(), []
+    for threads in (1, 2, 3, 5, 8):
+        torch.set_num_threads(threads)
+        outs.append(on("cpu")(**arguments))
+    torch.set_num_threads(before)
+    assert all(same_bits(outs[0], out) for out in outs[1:])
+
+
 class _Fused(torch.utils.data.Dataset):
     def __len__(self):
         return 4

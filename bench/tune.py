@@ -143,7 +143,11 @@ def tune_triton(op: str, works: Sequence[Work], found: Found) -> None:
                 return math.inf
             return sum(math.log(r.time("triton").median) for r in results)
 
-        found[key] = climb(found.get(key, start), cost)
+        try:
+            found[key] = climb(found.get(key, start), cost)
+        except BaseException:
+            found.pop(key, None)  # the blocks that were tried last, which may not even run
+            raise
         print(f"{op} {key}: {found[key]}")
     torch.backends.cuda.matmul.fp32_precision = before
 
@@ -200,8 +204,10 @@ def main(args: Sequence[str] | None = None) -> None:
         if op not in suites:
             parser.error(f"{op} has no suite, wanted one of {', '.join(suites)}")
     for op in options.ops:
-        tune(op, options.seconds)
-        write(TABLE_FILE)  # what is found is kept, whatever becomes of the next op
+        try:
+            tune(op, options.seconds)
+        finally:
+            write(TABLE_FILE)  # what is found is kept, whatever becomes of the rest
 
 
 def write(path: Path) -> None:

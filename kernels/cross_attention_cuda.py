@@ -25,9 +25,7 @@ SPLIT = torch.ops.mmfast.cross_attention_split.cuda
 torch.library.register_fake("mmfast::cross_attention_split.cuda", lambda *args: None, lib=LIB)
 
 DEEPEST = 256
-ROOM = (
-    163 << 10
-)  # bytes of shared memory for a block with more than 128 features; of fewer any GPU has enough
+ROOM = 163 << 10  # bytes of shared memory of a block with more than 128 features
 MOST_SLOTS = 128  # that the kernel which adds them up has room for
 ROWS = 64  # of a block's four warps; of 32 rows each has two warps, which share the keys, and a slot for each
 FEWEST_TILES = 4  # for a split: for fewer, its sums would be more to write than its keys are to read

@@ -103,6 +103,7 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
         saved=0.0,
         what=key.in_words(masks is not None),
         ordinary=ordinary,
+        head=depth,
         keeps_output=True,
     )
     why = unsound(body, match)

@@ -36,6 +36,7 @@ class Match:
     what: str  # in words
     keeps_output: bool = False  # for the backward
     ordinary: bool = False  # PyTorch has a kernel for it too, which is harder to beat
+    head: int = 0  # features of a head, of an attention
 
 
 def unsound(body: Body, match: Match) -> str:

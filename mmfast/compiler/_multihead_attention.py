@@ -64,6 +64,7 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
         flops=4.0 * batch * queries * hint(shape(given["key"])[0]) * features,
         saved=0.0,
         ordinary=key.cat is None and values.cat is None and padding is None,
+        head=features // heads,
         what=f"nn.MultiheadAttention over {key.in_words(masks is not None)}",
     )
     why = unsound(body, match)

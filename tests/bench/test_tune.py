@@ -110,6 +110,25 @@ def test_attention_kernels_are_tuned_by_the_works_that_launch_them(monkeypatch):
         assert options == {"PRECISION": "ieee", **table[90][f"{kernel}.ieee"], "num_stages": 6}
 
 
+def test_blocks_that_were_only_being_tried_are_not_kept(monkeypatch):
+    pytest.importorskip("triton")
+    if ops.available("cross_attention", "cpu")["triton"] != "ready":
+        pytest.skip("needs Triton's interpreter")
+
+    def interrupted(works, backends, seconds):
+        raise KeyboardInterrupt
+
+    x = torch.randn(1, 1, 4, 16)
+    forward = Work("forward", {"ours": lambda x: ops.cross_attention(x, [(x, x)])}, lambda seed: (x,), None)
+    found = tune.Found({})
+    monkeypatch.setitem(tune.TABLE["cross_attention"], "cpu", {"triton": found})
+    monkeypatch.setattr(tune.torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(tune, "compare", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune_triton("cross_attention", [forward], found)
+    assert not found
+
+
 def test_tuning_writes_this_device_and_keeps_the_others(monkeypatch, tmp_path):
     table = {"concat_linear": {"NVIDIA Elsewhere": {"backend": "triton"}, "cpu": {"backend": "reference"}}}
     monkeypatch.setattr(tune, "TABLE", table)
@@ -130,16 +149,17 @@ def test_tuning_writes_this_device_and_keeps_the_others(monkeypatch, tmp_path):
 
 def test_an_interrupt_keeps_what_was_found_before(monkeypatch, tmp_path):
     def found(op, seconds):
+        tune.TABLE[op] = {"cpu": {"backend": "cpu"}}
         if op == "lowrank_fusion":
             raise KeyboardInterrupt
-        tune.TABLE[op] = {"cpu": {"backend": "cpu"}}
 
     monkeypatch.setattr(tune, "TABLE", {})
     monkeypatch.setattr(tune, "TABLE_FILE", tmp_path / "table.json")
     monkeypatch.setattr(tune, "tune", found)
     with pytest.raises(KeyboardInterrupt):
         tune.main(["concat_linear", "lowrank_fusion"])
-    assert json.loads((tmp_path / "table.json").read_text()) == {"concat_linear": {"cpu": {"backend": "cpu"}}}
+    written = json.loads((tmp_path / "table.json").read_text())
+    assert written == {op: {"cpu": {"backend": "cpu"}} for op in ("concat_linear", "lowrank_fusion")}
 
 
 def test_an_op_without_a_suite_is_named(monkeypatch, capsys):

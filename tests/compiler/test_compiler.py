@@ -383,6 +383,25 @@ def test_only_what_the_table_calls_faster_is_replaced(rows, replaced, why):
 
 
 @needs_kernels
+@pytest.mark.parametrize("features", [32, 64])
+@pytest.mark.parametrize("layer", [False, True])
+def test_narrow_heads_over_one_stream_are_left_to_pytorch_in_float32(features, layer):
+    mha = torch.nn.MultiheadAttention(2 * features, 2, batch_first=True)
+
+    def attend(query, key):
+        if layer:
+            return mha(query, key, key, need_weights=False)[0]
+        query, key = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (query, key))
+        return F.scaled_dot_product_attention(query, key, key)
+
+    call, found, _ = rewritten(attend, only_faster=True)
+    call(torch.randn(1, 4096, 2 * features), torch.randn(1, 4096, 2 * features))
+    (finding,) = found
+    assert finding.replaced == (features == 64)
+    assert finding.replaced or "not faster: heads of 32 features" in finding.why
+
+
+@needs_kernels
 def test_what_nobody_has_measured_is_left(monkeypatch):
     monkeypatch.setattr("mmfast.compiler._worth.measured", lambda op, device: {"compiler": {}})
     for name in ("sdpa", "clip"):

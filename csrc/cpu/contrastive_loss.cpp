@@ -68,7 +68,7 @@ class LogitTiles {
   const A* tile(int64_t slot, int64_t first, int64_t count) const {
     const T* left[TileKernels<T>::MOST_ROWS];
     for (int64_t i = 0; i < k.rows; ++i) left[i] = pairs_.a[first + std::min(i, count - 1)];
-    k.multiply(made_.data(), nullptr, left, k.group, count, packed_.row(slot), pairs_.depth);
+    k.multiply(made_.data(), nullptr, left, k.group, count, packed_.row(slot), k.columns, pairs_.depth);
     return made_.data();
   }
 
@@ -218,7 +218,7 @@ class Gradient {
         lower[i] = lower_.row(first + i) + column;
         fetch_to_write(lower[i], used);
       }
-      k.multiply(c, nullptr, left, step, count, right, depth);
+      k.multiply(c, nullptr, left, step, count, right, used, depth);
       contrastive_kernels<T>().add_to_split(to, lower, c, count, used);
     } else {
       const A* start[MOST_ROWS];
@@ -230,7 +230,7 @@ class Gradient {
           start[i] = c + i * k.columns;
           std::fill_n(std::copy_n(to[i], used, c + i * k.columns), k.columns - used, A(0));
         }
-      k.multiply(c, start, left, step, count, right, depth);
+      k.multiply(c, start, left, step, count, right, used, depth);
       for (int64_t i = 0; i < count; ++i) std::copy_n(c + i * k.columns, used, to[i]);
     }
   }

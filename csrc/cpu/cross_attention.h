@@ -294,7 +294,7 @@ class Columns {
       if (in_place_)
         k_.multiply_columns(c, nullptr, left, count, of_ + p * k_.columns, used(p), depth_);
       else
-        k_.multiply(c, nullptr, left, k_.group, count, packed_.row(p), depth_);
+        k_.multiply(c, nullptr, left, k_.group, count, packed_.row(p), k_.columns, depth_);
   }
 
  private:
@@ -330,7 +330,7 @@ class Lines {
     if (lies_ready(p))
       k_.multiply_rows(c, start, left, count, of_, p * k_.columns, depth);
     else
-      k_.multiply(c, start, left, step, count, packed_.row(p), depth);
+      k_.multiply(c, start, left, step, count, packed_.row(p), used(p), depth);
   }
 
  private:
@@ -379,7 +379,7 @@ class RowSums {
       if (v.all && common == v.most) continue;
       for (int64_t i = 0; i < v.count; ++i) {
         A* const to = row(v.row[i], p);
-        if (common && !v.all) std::copy_n(c + i * k_.columns, k_.columns, to);
+        if (common && !v.all) std::copy_n(c + i * k_.columns, lines.used(p), to);
         for (int64_t j = common; j < v.keys[i]; ++j)
           row_kernels<T>().accumulate(to, as_wide(weights.row(first_weight + i)[j]),
                                       lines.row(j) + p * k_.columns, lines.used(p));

@@ -160,7 +160,7 @@ struct Right {
   void multiply(A* c, const A* const* start, const T* const* left, int64_t count, int64_t p,
                 const char* packed) const {
     if (packed)
-      kernels->multiply(c, start, left, kernels->group, count, packed, depth);
+      kernels->multiply(c, start, left, kernels->group, count, packed, used(p), depth);
     else if (transposed)
       kernels->multiply_columns(c, start, left, count, rows.data() + p * width(), used(p), depth);
     else
@@ -420,16 +420,16 @@ void product_over_rows(const Rows<T>& left, int64_t m, const Rows<T>& right, int
         for (int64_t p = 0; p < panels; ++p)
           for (int64_t t = from; t < until; ++t) {
             A* const sums = once ? own.of : c.row(t * panels + p);
-            const int64_t count = std::min(height, m - t * height);
+            const int64_t count = std::min(height, m - t * height), used = std::min(width, n - p * width);
             const T* rows[TileKernels<T>::MOST_ROWS];
             for (int64_t i = 0; i < height; ++i) {
               rows[i] = packed.row(t - from) + i * kernels.group;
               own.at[i] = sums + i * width;
             }
             kernels.multiply(sums, begins ? nullptr : own.at, rows, height * kernels.group, count,
-                             whole.row(p), depth);
+                             whole.row(p), used, depth);
             for (int64_t i = 0; ends && i < count; ++i)
-              end(t * height + i, p * width, std::min(width, n - p * width), sums + i * width);
+              end(t * height + i, p * width, used, sums + i * width);
           }
       }
     });

@@ -383,7 +383,7 @@ def test_only_what_the_table_calls_faster_is_replaced(rows, replaced, why):
 
 
 @needs_kernels
-@pytest.mark.parametrize("features", [32, 64])
+@pytest.mark.parametrize("features", [16, 32])
 @pytest.mark.parametrize("layer", [False, True])
 def test_narrow_heads_over_one_stream_are_left_to_pytorch_in_float32(features, layer):
     mha = torch.nn.MultiheadAttention(2 * features, 2, batch_first=True)
@@ -395,10 +395,10 @@ def test_narrow_heads_over_one_stream_are_left_to_pytorch_in_float32(features, l
         return F.scaled_dot_product_attention(query, key, key)
 
     call, found, _ = rewritten(attend, only_faster=True)
-    call(torch.randn(1, 4096, 2 * features), torch.randn(1, 4096, 2 * features))
+    call(torch.randn(1, 6000, 2 * features), torch.randn(1, 6000, 2 * features))
     (finding,) = found
-    assert finding.replaced == (features == 64)
-    assert finding.replaced or "not faster: heads of 32 features" in finding.why
+    assert finding.replaced == (features == 32)
+    assert finding.replaced or "not faster: heads of 16 features" in finding.why
 
 
 @needs_kernels

@@ -129,7 +129,7 @@ void multiply_half(float* c, const float* start, int64_t of_start, const bf16* l
 
 template <int64_t rows>
 void multiply_tile(float* c, const float* const* start, const bf16* const* left, int64_t step,
-                   const void* right_, int64_t depth) {
+                   const void* right_, int64_t used, int64_t depth) {
   const char* right = static_cast<const char*>(right_);
   const float* first = start ? start[0] : nullptr;
   int64_t of_start = start ? stride_of(start, rows) : 0;
@@ -140,7 +140,7 @@ void multiply_tile(float* c, const float* const* start, const bf16* const* left,
   }
   const auto add = [&](const bf16* from, int64_t of_left, int64_t groups) {
     settle();
-    for (int64_t j = 0; j < WIDTH; j += 2 * SIDE)
+    for (int64_t j = 0; j < used; j += 2 * SIDE)
       multiply_half<rows>(c + j, first ? first + j : nullptr, of_start, from, step, of_left,
                           right + j / SIDE * TILE, groups);
     first = c, of_start = LINE, right += groups * RIGHT;
@@ -162,9 +162,9 @@ void multiply_tile(float* c, const float* const* start, const bf16* const* left,
 }
 
 void multiply(float* c, const float* const* start, const bf16* const* left, int64_t step, int64_t count,
-              const void* right, int64_t depth) {
+              const void* right, int64_t used, int64_t depth) {
   const auto of = count > SIDE ? multiply_tile<2 * SIDE> : multiply_tile<SIDE>;
-  of(c, start, left, step, right, depth);
+  of(c, start, left, step, right, used, depth);
 }
 
 }  // namespace amx

@@ -109,13 +109,13 @@ void pack_columns(void* to_, const T* const* from, int64_t depth, int64_t count)
     for (int64_t j = 0; j < WIDTH; ++j) one(done, j);
 }
 
-// One group of k: the sums of R rows take on left[.][at ... at + used) @ right.
-template <class T, int R, class Fetch>
-__attribute__((always_inline)) inline void step_on(Vec<T> (&sum)[R][VECTORS], const T* const* left,
-                                                   int64_t at, int64_t k, int used, Fetch fetch) {
-  Vec<T> right[VECTORS];
+// One group of k: the sums of R rows, V vectors each, take on left[.][at ... at + used) @ right.
+template <class T, int R, int V, class Fetch>
+__attribute__((always_inline)) inline void step_on(Vec<T> (&sum)[R][V], const T* const* left, int64_t at,
+                                                   int64_t k, int used, Fetch fetch) {
+  Vec<T> right[V];
 #pragma GCC unroll 4
-  for (int v = 0; v < VECTORS; ++v) right[v] = fetch(k, v, used);
+  for (int v = 0; v < V; ++v) right[v] = fetch(k, v, used);
 #pragma GCC unroll 6
   for (int i = 0; i < R; ++i) {
 #ifdef __AVX512BF16__
@@ -124,14 +124,14 @@ __attribute__((always_inline)) inline void step_on(Vec<T> (&sum)[R][VECTORS], co
       __builtin_memcpy(&pair, left[i] + at, used * sizeof(T));
       const auto a = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v)
+      for (int v = 0; v < V; ++v)
         sum[i][v] = (Float)_mm512_dpbf16_ps((__m512)sum[i][v], a, (__m512bh)right[v]);
     } else
 #endif
     {
       const Vec<T> a = packed(left[i][at]) - Vec<T>{};  // everywhere; x - 0 is x, its sign included
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) sum[i][v] += a * right[v];
+      for (int v = 0; v < V; ++v) sum[i][v] += a * right[v];
     }
   }
 }
@@ -148,9 +148,10 @@ auto into_tile(Acc<T>* c) {
   return [c](int i, int v, Vec<T> sum) { __builtin_memcpy(c + (i * VECTORS + v) * lanes<T>, &sum, BYTES); };
 }
 
-// R rows of start + left @ right, where fetch(k, v, used) is vector v of the right-hand side's rows k ...
-// k + used, as it lies once packed. put(i, v, sums) takes them; c is for what is added up on the way.
-template <class T, int R, class Fetch, class Put>
+// R rows of start + left @ right, the first V vectors of each, where fetch(k, v, used) is vector v of the
+// right-hand side's rows k ... k + used, as it lies once packed. put(i, v, sums) takes them; c is for what is
+// added up on the way.
+template <class T, int R, int V = VECTORS, class Fetch, class Put>
 __attribute__((always_inline)) inline void multiply_by(Acc<T>* c, const Acc<T>* const* start,
                                                        const T* const* left, int64_t step, int64_t depth,
                                                        Fetch fetch, Put put) {
@@ -160,18 +161,18 @@ __attribute__((always_inline)) inline void multiply_by(Acc<T>* c, const Acc<T>* 
 #pragma GCC unroll 6
   for (int i = 0; i < R; ++i) row[i] = left[i], own[i] = c + i * COLUMNS<T>;
   int64_t at = 0, k = 0;
-  Vec<T> sum[R][VECTORS];
+  Vec<T> sum[R][V];
   const auto add_up = [&](int64_t end, auto take) __attribute__((always_inline)) {
 #pragma GCC unroll 6
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) sum[i][v] = Vec<T>{};
+      for (int v = 0; v < V; ++v) sum[i][v] = Vec<T>{};
     for (; k + G <= end; k += G, at += step) step_on<T>(sum, row, at, k, G, fetch);
     if (k < end) step_on<T>(sum, row, at, k, 1, fetch), k = end;
 #pragma GCC unroll 6
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v)
+      for (int v = 0; v < V; ++v)
         take(i, v, start ? sum[i][v] + bits<Vec<T>>(start[i] + v * lanes<T>, lanes<T>) : sum[i][v]);
   };
   for (; depth - k > BLOCK<T>; start = own) add_up(k + BLOCK<T>, into_tile<T>(c));
@@ -188,8 +189,12 @@ auto from_packed(const void* right) {
 
 template <class T>
 void multiply(Acc<T>* c, const Acc<T>* const* start, const T* const* left, int64_t step, int64_t,
-              const void* right, int64_t depth) {
-  multiply_by<T, ROWS>(c, start, left, step, depth, from_packed<T>(right), into_tile<T>(c));
+              const void* right, int64_t used, int64_t depth) {
+  const auto fetch = from_packed<T>(right);
+  if (used <= COLUMNS<T> / 2)
+    multiply_by<T, ROWS, VECTORS / 2>(c, start, left, step, depth, fetch, into_tile<T>(c));
+  else
+    multiply_by<T, ROWS>(c, start, left, step, depth, fetch, into_tile<T>(c));
 }
 
 template <class T, Activation activation>

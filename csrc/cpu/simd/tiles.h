@@ -29,10 +29,10 @@ struct TileKernels {
   void (*pack_columns)(void* to, const T* const* from, int64_t depth, int64_t count);
   // c [rows, columns] = start + left @ right: start's row i lies at start[i], which may be c's own, and
   // left's element (i, k) is left[i][k / group * step + k % group]. A null start is zeros. All rows
-  // of left and start can be read, but only the first `count` of c are wanted: the others may be written or
-  // not.
+  // of left and start can be read, but only the first `count` rows and `used` columns of c are wanted: the
+  // others may be written or not.
   void (*multiply)(A* c, const A* const* start, const T* const* left, int64_t step, int64_t count,
-                   const void* right, int64_t depth);
+                   const void* right, int64_t used, int64_t depth);
   // The same of a whole tile whose sums are complete: activation(sums) goes to the rows of `out`, the sums to
   // those of `preact` if that is not null. c is only memory for sums on the way. Null where there is no such
   // kernel.

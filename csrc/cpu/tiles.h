@@ -345,6 +345,7 @@ void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vec
             const T *left[TileKernels<T>::MOST_ROWS], *const *const x = &ready[k * TILES * height];
             if (!x[begun]) continue;
             for (int64_t i = 0; i < height; ++i) left[i] = x[row(i)];
+            // at each panel one row of this tile's place in the next task
             if (const int64_t* const next = own + count + begun + p - first_panel; next < end_of_rows)
               if (const T* const later = terms[k].left[*next]) fetch_ahead(later, terms[k].right[0].depth);
             if (straight && k + 1 == terms.size()) {

@@ -61,8 +61,14 @@ def test_all_steps_run_offline_in_that_python(tmp_path):
 def test_pytest_understands_what_it_is_told(tmp_path, what):
     (call,) = [line for line in run(tmp_path).stdout.splitlines() if what in line and "ran: " in line]
     told = call.removeprefix("ran: ").split(" PYTHONPATH=")[0].replace(" -n 8", "").split()
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # xdist's
     found = subprocess.run(
-        [sys.executable, *told, "--collect-only"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, *told, "--collect-only"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert found.returncode == 0, found.stdout + found.stderr
     assert " tests collected" in found.stdout

@@ -143,10 +143,12 @@ def tune_triton(op: str, works: Sequence[Work], found: Found) -> None:
                 return math.inf
             return sum(math.log(r.time("triton").median) for r in results)
 
+        kept = dict(found)
         try:
             found[key] = climb(found.get(key, start), cost)
         except BaseException:
-            found.pop(key, None)  # the blocks that were tried last, which may not even run
+            found.clear()  # of the blocks that were tried last, which may not even run
+            found.update(kept)
             raise
         print(f"{op} {key}: {found[key]}")
     torch.backends.cuda.matmul.fp32_precision = before

@@ -35,9 +35,9 @@ struct Multiplying {
 // worker(take) on every thread, where take() is the next of lines * of_line tasks, or -1 after the last:
 // whoever is free goes on, since absence makes some tasks short, and another process may have a core for a
 // while. A thread follows a line of tasks to its end, each starts at another one. Lines are circles, each
-// begun elsewhere: lines often read the same, and two threads that read and write nearly the same place
-// hinder each other where the machine's other users fill its memory's queues. `cost` of a task: in
-// multiplications. Products of T are made in here only.
+// begun elsewhere: lines often read the same, and on a busy machine two threads that are at nearly the same
+// place were seen to hinder each other. `cost` of a task: in multiplications. Products of T are made in here
+// only.
 template <class T, class F>
 void take_turns(int64_t lines, int64_t of_line, int64_t cost, const F& worker) {
   std::vector<std::atomic<int64_t>> next(lines);

@@ -110,23 +110,28 @@ def test_attention_kernels_are_tuned_by_the_works_that_launch_them(monkeypatch):
         assert options == {"PRECISION": "ieee", **table[90][f"{kernel}.ieee"], "num_stages": 6}
 
 
-def test_blocks_that_were_only_being_tried_are_not_kept(monkeypatch):
+@pytest.mark.parametrize("tuned", [{}, {f"forward_64.{kind}": BLOCKS for kind in ("tf32", "ieee")}])
+def test_blocks_that_were_only_being_tried_are_not_kept(monkeypatch, tuned):
     pytest.importorskip("triton")
     if ops.available("cross_attention", "cpu")["triton"] != "ready":
         pytest.skip("needs Triton's interpreter")
 
     def interrupted(works, backends, seconds):
-        raise KeyboardInterrupt
+        if len(tried) == 2:
+            raise KeyboardInterrupt
+        tried.append(works)
+        return [Result("forward", "float32", "cpu", {"triton": [1.0]})]
 
+    tried = []
     x = torch.randn(1, 1, 4, 16)
     forward = Work("forward", {"ours": lambda x: ops.cross_attention(x, [(x, x)])}, lambda seed: (x,), None)
-    found = tune.Found({})
+    found = tune.Found(tuned)
     monkeypatch.setitem(tune.TABLE["cross_attention"], "cpu", {"triton": found})
     monkeypatch.setattr(tune.torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(tune, "compare", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tune.tune_triton("cross_attention", [forward], found)
-    assert not found
+    assert found == tuned
 
 
 def test_tuning_writes_this_device_and_keeps_the_others(monkeypatch, tmp_path):

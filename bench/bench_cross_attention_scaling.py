@@ -51,9 +51,6 @@ LAYOUTS = {
     "one of 10 streams": Layout(sources=10, absent=0.9, by="present"),
 }
 
-# Nine tenths of its gradients are zeros, which have to be written: see docs/ops/cross_attention.md.
-ZEROS = LAYOUTS["90 % absent by length"]
-
 
 def works(device: str | None = None) -> list[Work]:
     """Everything that is measured here, on a GPU where there is one."""
@@ -78,9 +75,7 @@ def works(device: str | None = None) -> list[Work]:
                 device=device,
                 flops=4.0 * layout.batch * layout.heads * layout.queries * layout.seen * layout.depth
                 * (3.5 if backward else 1),
-                required={}
-                if backward and layout is ZEROS
-                else {"alone": 1 / 1.15 if layout.absent else 1 / 1.1},
+                required={"alone": 1 / 1.15 if layout.absent else 1 / 1.1},
             )
         )  # fmt: skip
     return made

@@ -199,27 +199,39 @@ class Worker {
   const T *queries_[ROWS], *grads_[ROWS];  // of those that see a block
 };
 
-// Keys and values that no query of their sample sees have gradient 0.
+// Elements of keys and values, of all heads, that no query of their sample sees.
 template <class T>
-void clear_hidden(const Attention<T>& a, const Gradients<T>& out) {
-  const int64_t heads = a.batch * a.kv_heads;
-  parallel_rows(heads, (a.depth + a.value_depth) * 256, [&](int64_t from, int64_t until) {
-    for (int64_t h = from; h < until; ++h)
-      for (int64_t i = 0; i < a.sources; ++i) {
-        const Keys& k = a.of(h / a.kv_heads, i);
-        const int64_t size = a.key[i].rows;
-        const auto clear_of = [&](const auto& to, int64_t s, int64_t end, int64_t width) {
-          if (to.data && !to.cleared) std::fill_n(to.data + (h * size + s) * width, (end - s) * width, T{});
-        };
-        const auto clear = [&](int64_t s, int64_t end) {
-          clear_of(out.key[i], s, end, a.depth);
-          clear_of(out.value[i], s, end, a.value_depth);
-        };
-        int64_t next = 0;
-        for (const int64_t s : k.at) clear(next, s), next = s + 1;
-        clear(k.at.empty() ? k.count : next, size);
-      }
-  });
+int64_t hidden(const Attention<T>& a) {
+  int64_t rows = 0;
+  for (int64_t b = 0; b < a.batch; ++b)
+    for (int64_t i = 0; i < a.sources; ++i) rows += a.key[i].rows - a.of(b, i).count;
+  return rows * a.kv_heads * (a.depth + a.value_depth);
+}
+
+// They have gradient 0; here those of one head.
+template <class T>
+void clear_hidden(const Attention<T>& a, int64_t h, const Gradients<T>& out, bool streamed) {
+  constexpr int64_t PAGE = 1024;  // elements; a shorter run is not worth its end
+  for (int64_t i = 0; i < a.sources; ++i) {
+    const Keys& k = a.of(h / a.kv_heads, i);
+    const int64_t size = a.key[i].rows;
+    const auto clear_of = [&](const auto& to, int64_t s, int64_t end, int64_t width) {
+      if (!to.data || to.cleared) return;
+      T* const first = to.data + (h * size + s) * width;
+      const int64_t count = (end - s) * width;
+      if (streamed && count >= PAGE)
+        row_kernels<T>().stream_zeros(first, count);
+      else
+        std::fill_n(first, count, T{});
+    };
+    const auto clear = [&](int64_t s, int64_t end) {
+      clear_of(out.key[i], s, end, a.depth);
+      clear_of(out.value[i], s, end, a.value_depth);
+    };
+    int64_t next = 0;
+    for (const int64_t s : k.at) clear(next, s), next = s + 1;
+    clear(k.at.empty() ? k.count : next, size);
+  }
 }
 
 // Of one key head h, from the sums of dS and P for each of its rows and sources. A row's dS add up to the
@@ -283,7 +295,6 @@ Tensors backward(const Attention<T>& a, const Tensor& grad_, const Maybe& grad_l
   for (int64_t i = 0; i < a.sources; ++i) to.value.push_back(make(i, needs.value[i], a.value_depth));
   A* const d_bias =
       needs.bias ? data<A>(made.emplace_back(empty({a.batch, a.heads, a.sources}, scalar_type<A>))) : nullptr;
-  clear_hidden(a, to);
 
   // One task a head, or where that leaves threads without, several that share its keys: their dQ are added
   // up, as long as there is memory for them.
@@ -313,8 +324,13 @@ Tensors backward(const Attention<T>& a, const Tensor& grad_, const Maybe& grad_l
     for (int64_t r = 0; needs.query && r < a.rows; ++r)
       sums->put(to.query + a.output_row(h / a.kv_heads, h % a.kv_heads, r) * a.depth, r, a.scale, a.depth);
   };
+  // In the tasks, so that as a rule one thread writes zeros while the others multiply: memory is theirs to
+  // share. Of more zeros than a cache holds the first are gone before they are read.
+  const int64_t zeros = hidden(a);
+  const bool streamed = zeros * int64_t(sizeof(T)) > 16 << 20;
   const int64_t cost =
-      a.rows * std::min(span, a.most_blocks) * a.block_keys * 5 * (a.depth + a.value_depth) / 2;
+      a.rows * std::min(span, a.most_blocks) * a.block_keys * 5 * (a.depth + a.value_depth) / 2 +
+      zeros / std::max<int64_t>(heads * splits, 1);
   take_turns<T>(heads, splits, cost, [&](auto take) {
     Worker<T> worker(a, needs, grad, grad_lse, data<A>(normalizers), delta.data(), to);
     std::optional<RowSums<T>> own;
@@ -322,6 +338,7 @@ Tensors backward(const Attention<T>& a, const Tensor& grad_, const Maybe& grad_l
     for (int64_t k; (k = take()) >= 0;) {
       const int64_t h = k / splits, from = k % splits * span;
       RowSums<T>& sums = splits == 1 ? *own : d_queries[k];
+      if (from == 0) clear_hidden(a, h, to, streamed);
       worker.run({h / a.kv_heads, h % a.kv_heads, from, from + span}, sums,
                  needs.bias ? of_sources.row(k) : nullptr);
       if (splits == 1) finish(h, &sums);

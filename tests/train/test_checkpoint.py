@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import time
 from contextlib import suppress
 from dataclasses import replace
 
@@ -207,6 +208,7 @@ def test_a_folder_in_use_is_refused_or_overwritten(tmp_path):
     fit(toy_config(tmp_path, max_steps=4))
     with pytest.raises(UserError, match=r"already holds checkpoints up to step 4"):
         fit(toy_config(tmp_path, max_steps=2))
+    time.sleep(1)  # TensorBoard reads the files of a folder in the order of the seconds in their names
     fit(toy_config(tmp_path, max_steps=2, overwrite=True))
     assert names(tmp_path) == ["step-00000002"] and sorted(losses(tmp_path)) == [1, 2]
     events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")

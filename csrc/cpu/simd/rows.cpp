@@ -101,6 +101,22 @@ Vec<T> inside(Part part) {
 }
 
 template <class T>
+void stream_zeros(T* out, int64_t n) {
+  const int64_t bytes = n * sizeof(T);
+#ifdef __AVX2__
+  char* const to = reinterpret_cast<char*>(out);
+  const int64_t before = -reinterpret_cast<uintptr_t>(out) % BYTES;
+  int64_t at = before < bytes ? before : bytes;
+  __builtin_memset(to, 0, at);
+  for (; at + BYTES <= bytes; at += BYTES) stream(to + at, Int{});
+  __builtin_memset(to + at, 0, bytes - at);
+  _mm_sfence();
+#else
+  __builtin_memset(out, 0, bytes);
+#endif
+}
+
+template <class T>
 void moments(const T* x, Acc<T>* mean, Acc<T>* m2, int64_t n) {
   Vec<T> sum{}, squares{};
   sweep<T>(n, [&](int64_t c, auto part) { sum += load(x + c, part); });
@@ -168,8 +184,8 @@ void norm_weights(T* z, Acc<T>* dweight, const T* w, Acc<T> k, Acc<T> c, const T
 
 template <class T>
 constexpr RowKernels<T> kernels = {
-    narrow<T>,  widen<T>,     accumulate<T>, dot<T>,           epilogue<T>,    epilogue_backward<T>,
-    moments<T>, normalize<T>, norm_sums<T>,  norm_backward<T>, norm_weights<T>};
+    narrow<T>,       widen<T>,   accumulate<T>, dot<T>,       epilogue<T>,      epilogue_backward<T>,
+    stream_zeros<T>, moments<T>, normalize<T>,  norm_sums<T>, norm_backward<T>, norm_weights<T>};
 
 }  // namespace
 

@@ -106,6 +106,17 @@ void put_head(T* p, V v, int64_t count) {
 #endif
 }
 
+#ifdef __AVX2__
+// Past the caches, to whole vectors of memory; others see it after a fence.
+void stream(void* p, Int v) {
+#ifdef __AVX512F__
+  _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+#else
+  _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+#endif
+}
+#endif
+
 Float widen(Half h) {  // GCC makes five instructions of __builtin_convertvector where there is one
 #if defined(__AVX512BW__)
   const Uint u = (Uint)_mm512_cvtepu16_epi32((__m256i)h);

@@ -271,8 +271,9 @@ def peak_bytes(build: Callable[..., Callable[[], object]], *args: Any, device: s
     """
     if device == "cuda":
         return _weigh(build(*args), device)
-    # A fixed threshold makes glibc map every tensor on its own, so that what is freed leaves the process.
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    # What is freed leaves the process: a fixed threshold makes glibc map every tensor on its own.
+    freed = {"MALLOC_MMAP_THRESHOLD_": "65536", "MMFAST_IDLE_MIB": "0"}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **freed}
     order = json.dumps([build.__module__, build.__qualname__, args])
     code = f"from {__name__} import _weigh_ordered; _weigh_ordered({order!r})"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)

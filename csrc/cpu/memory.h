@@ -10,6 +10,7 @@
 #endif
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -60,7 +61,8 @@ inline int64_t extent(const Shape& shape, const Shape& strides) {
 // little later. So large blocks lie in pages of 2 MiB, and are handed on from call to call.
 class Memory {
  public:
-  static constexpr size_t LARGE = 16 << 20;
+  static constexpr size_t LARGE = 16 << 20;  // bytes
+  static constexpr size_t MOST_IDLE = 256;   // MiB, unless MMFAST_IDLE_MIB says otherwise
 
   struct Block {
     void* at;
@@ -94,12 +96,12 @@ class Memory {
 
   static void give(Block block) {
     // Never waits: whoever held the lock may be missing in a forked process.
-    if (block.bytes > LARGE && block.bytes <= MOST_IDLE)
+    if (block.bytes > LARGE && block.bytes <= most_idle())
       if (const std::unique_lock lock(all().mutex_, std::try_to_lock); lock) {
         auto& idle = all().idle_;
         size_t total = block.bytes;
         for (const Block& other : idle) total += other.bytes;
-        for (; total > MOST_IDLE; idle.erase(idle.begin())) {  // the one idle for longest
+        for (; total > most_idle(); idle.erase(idle.begin())) {  // the one idle for longest
           total -= idle.front().bytes;
           std::free(idle.front().at);
         }
@@ -109,7 +111,17 @@ class Memory {
   }
 
  private:
-  static constexpr size_t MOST_IDLE = 256 << 20;
+  static size_t most_idle() {
+    static const size_t bytes = [] {
+      const char* const wanted = std::getenv("MMFAST_IDLE_MIB");
+      if (!wanted || !*wanted) return MOST_IDLE;
+      char* end;
+      const size_t mib = std::strtoul(wanted, &end, 10);
+      if (*end) std::fprintf(stderr, "MMFAST_IDLE_MIB=%s: no number, using %zu\n", wanted, MOST_IDLE);
+      return *end ? MOST_IDLE : mib;
+    }() << 20;
+    return bytes;
+  }
 
   // Never destroyed: a tensor may outlive whatever is.
   static Memory& all() {

@@ -199,16 +199,19 @@ class Worker {
   const T *queries_[ROWS], *grads_[ROWS];  // of those that see a block
 };
 
-// Elements of keys and values, of all heads, that no query of their sample sees.
+// Elements of the gradients of all heads that are 0 since no query of their sample sees the key or value.
 template <class T>
-int64_t hidden(const Attention<T>& a) {
-  int64_t rows = 0;
-  for (int64_t b = 0; b < a.batch; ++b)
-    for (int64_t i = 0; i < a.sources; ++i) rows += a.key[i].rows - a.of(b, i).count;
-  return rows * a.kv_heads * (a.depth + a.value_depth);
+int64_t hidden(const Attention<T>& a, const Gradients<T>& out) {
+  const auto wanted = [](const auto& to) { return to.data && !to.cleared; };
+  int64_t elements = 0;
+  for (int64_t i = 0; i < a.sources; ++i) {
+    const int64_t width = wanted(out.key[i]) * a.depth + wanted(out.value[i]) * a.value_depth;
+    for (int64_t b = 0; b < a.batch; ++b) elements += (a.key[i].rows - a.of(b, i).count) * width;
+  }
+  return elements * a.kv_heads;
 }
 
-// They have gradient 0; here those of one head.
+// Those of one head; past the caches if `streamed`.
 template <class T>
 void clear_hidden(const Attention<T>& a, int64_t h, const Gradients<T>& out, bool streamed) {
   constexpr int64_t PAGE = 1024;  // elements; a shorter run is not worth its end
@@ -326,7 +329,7 @@ Tensors backward(const Attention<T>& a, const Tensor& grad_, const Maybe& grad_l
   };
   // In the tasks, so that as a rule one thread writes zeros while the others multiply: memory is theirs to
   // share. Of more zeros than a cache holds the first are gone before they are read.
-  const int64_t zeros = hidden(a);
+  const int64_t zeros = hidden(a, to);
   const bool streamed = zeros * int64_t(sizeof(T)) > 16 << 20;
   const int64_t cost =
       a.rows * std::min(span, a.most_blocks) * a.block_keys * 5 * (a.depth + a.value_depth) / 2 +

@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -61,8 +62,7 @@ inline int64_t extent(const Shape& shape, const Shape& strides) {
 // little later. So large blocks lie in pages of 2 MiB, and are handed on from call to call.
 class Memory {
  public:
-  static constexpr size_t LARGE = 16 << 20;  // bytes
-  static constexpr size_t MOST_IDLE = 256;   // MiB, unless MMFAST_IDLE_MIB says otherwise
+  static constexpr size_t LARGE = 16 << 20;
 
   struct Block {
     void* at;
@@ -71,74 +71,89 @@ class Memory {
 
   // Of at least so many bytes; a block that was handed on may have a quarter more.
   static Block take(size_t bytes) {
-    if (bytes > LARGE)
-      if (const std::unique_lock lock(all().mutex_, std::try_to_lock); lock) {  // see give()
-        auto& idle = all().idle_;
-        auto best = idle.end();
-        for (auto block = idle.begin(); block != idle.end(); ++block)
-          if (block->bytes >= bytes && block->bytes <= bytes + bytes / 4)
-            if (best == idle.end() || block->bytes <= best->bytes) best = block;
-        if (best != idle.end()) {
-          const Block found = *best;
-          idle.erase(best);
-          return found;
-        }
-      }
     constexpr size_t LINE = 64;
-    Block made{nullptr, bytes};
+    Block block{nullptr, bytes};
+    if (bytes > LARGE && idle().find(block)) return block;
     // aligned_alloc would want whole lines, and AddressSanitizer would miss what is read past the end.
-    if (posix_memalign(&made.at, LINE, bytes)) throw std::bad_alloc();
-#ifdef __linux__
-    if (bytes > LARGE) advise(made, MADV_HUGEPAGE);
-#endif
-    return made;
+    const auto allocate = [&] { return posix_memalign(&block.at, LINE, bytes) == 0; };
+    if (!allocate() && !(idle().clear(), allocate())) throw std::bad_alloc();
+    if (bytes > LARGE) in_huge_pages(block);
+    return block;
   }
 
   static void give(Block block) {
-    // Never waits: whoever held the lock may be missing in a forked process.
-    if (block.bytes > LARGE && block.bytes <= most_idle())
-      if (const std::unique_lock lock(all().mutex_, std::try_to_lock); lock) {
-        auto& idle = all().idle_;
-        size_t total = block.bytes;
-        for (const Block& other : idle) total += other.bytes;
-        for (; total > most_idle(); idle.erase(idle.begin())) {  // the one idle for longest
-          total -= idle.front().bytes;
-          std::free(idle.front().at);
-        }
-        return idle.push_back(block);
-      }
-    std::free(block.at);
+    if (block.bytes <= LARGE || !idle().keep(block)) std::free(block.at);
   }
 
  private:
-  static size_t most_idle() {
-    static const size_t bytes = [] {
+  // Blocks that nobody uses, the longest first. Nobody waits for the lock: a forked process may miss whoever
+  // held it.
+  class Idle {
+   public:
+    Idle() { blocks_.reserve(64); }
+
+    // One that is large enough and little larger, in place of `block`.
+    bool find(Block& block) {
+      const std::unique_lock lock(mutex_, std::try_to_lock);
+      if (!lock) return false;
+      auto best = blocks_.end();
+      for (auto b = blocks_.begin(); b != blocks_.end(); ++b)
+        if (b->bytes >= block.bytes && b->bytes <= block.bytes + block.bytes / 4)
+          if (best == blocks_.end() || b->bytes <= best->bytes) best = b;
+      if (best == blocks_.end()) return false;
+      block = *best;
+      blocks_.erase(best);
+      return true;
+    }
+    bool keep(Block block) {
+      const std::unique_lock lock(mutex_, std::try_to_lock);
+      if (!lock || block.bytes > most_) return false;
+      free_down_to(most_ - block.bytes);
+      if (blocks_.size() == blocks_.capacity()) return false;
+      blocks_.push_back(block);
+      return true;
+    }
+    void clear() {
+      const std::unique_lock lock(mutex_, std::try_to_lock);
+      if (lock) free_down_to(0);
+    }
+
+   private:
+    void free_down_to(size_t most) {
+      size_t total = 0;
+      for (const Block& b : blocks_) total += b.bytes;
+      for (; total > most; blocks_.erase(blocks_.begin())) {
+        total -= blocks_.front().bytes;
+        std::free(blocks_.front().at);
+      }
+    }
+    static size_t most_bytes() {
+      constexpr size_t USUAL = 256;  // MiB
       const char* const wanted = std::getenv("MMFAST_IDLE_MIB");
-      if (!wanted || !*wanted) return MOST_IDLE;
-      char* end;
-      const size_t mib = std::strtoul(wanted, &end, 10);
-      if (*end) std::fprintf(stderr, "MMFAST_IDLE_MIB=%s: no number, using %zu\n", wanted, MOST_IDLE);
-      return *end ? MOST_IDLE : mib;
-    }() << 20;
-    return bytes;
-  }
+      char* end = nullptr;
+      const size_t mib = wanted && *wanted ? std::strtoul(wanted, &end, 10) : USUAL;
+      if (end && *end) std::fprintf(stderr, "MMFAST_IDLE_MIB=%s: no number, using %zu\n", wanted, USUAL);
+      return (end && *end ? USUAL : mib) << 20;
+    }
+
+    const size_t most_ = most_bytes();
+    std::mutex mutex_;
+    std::vector<Block> blocks_;
+  };
 
   // Never destroyed: a tensor may outlive whatever is.
-  static Memory& all() {
-    static Memory* const memory = new Memory;
-    return *memory;
+  static Idle& idle() {
+    static Idle* const blocks = new Idle;
+    return *blocks;
   }
 
+  static void in_huge_pages([[maybe_unused]] Block block) {
 #ifdef __linux__
-  static void advise(Block block, int advice) {
     constexpr uintptr_t PAGE = 2 << 20;
     const auto begin = reinterpret_cast<uintptr_t>(block.at), first = (begin + PAGE - 1) / PAGE * PAGE;
-    madvise(reinterpret_cast<void*>(first), (begin + block.bytes) / PAGE * PAGE - first, advice);
-  }
+    madvise(reinterpret_cast<void*>(first), (begin + block.bytes) / PAGE * PAGE - first, MADV_HUGEPAGE);
 #endif
-
-  std::mutex mutex_;
-  std::vector<Block> idle_;
+  }
 };
 
 inline Shape contiguous_strides(const Shape& shape) {
@@ -148,11 +163,19 @@ inline Shape contiguous_strides(const Shape& shape) {
   return strides;
 }
 
+// A tensor on memory of our own, and how to free that.
+template <class F>
+Tensor on(void* memory, const Shape& shape, const Shape& strides, ScalarType type, const F& free) {
+  std::unique_ptr<void, F> held(memory, free);
+  const Tensor made = torch::stable::from_blob(memory, shape, strides, {DeviceType::CPU}, type, free);
+  held.release();
+  return made;
+}
+
 inline Tensor empty(const Shape& shape, const Shape& strides, ScalarType type) {
   if (const size_t bytes = extent(shape, strides) * element_size(type); bytes > Memory::LARGE) {
     const Memory::Block block = Memory::take(bytes);
-    return torch::stable::from_blob(block.at, shape, strides, {DeviceType::CPU}, type,
-                                    [block](void*) { Memory::give(block); });
+    return on(block.at, shape, strides, type, [block](void*) { Memory::give(block); });
   }
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
@@ -174,14 +197,10 @@ std::optional<Tensor> untouched_zeros(const Shape& shape) {
   constexpr size_t LEAST = 1 << 20;
   const size_t bytes = product(shape) * sizeof(T);
   if (bytes < LEAST) return {};
-  const auto unmap = [bytes](void* block) { munmap(block, bytes); };
-  void* const block = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (block == MAP_FAILED) throw std::bad_alloc();
-  std::unique_ptr<void, decltype(unmap)> held(block, unmap);
-  const Tensor made = torch::stable::from_blob(block, shape, contiguous_strides(shape), {DeviceType::CPU},
-                                               scalar_type<T>, unmap);
-  held.release();
-  return made;
+  void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  return on(memory, shape, contiguous_strides(shape), scalar_type<T>,
+            [bytes](void* block) { munmap(block, bytes); });
 #else
   return {};
 #endif

@@ -54,7 +54,7 @@ struct RowKernels {
   // dpreact = grad * gate * activation'(preact);  dgate += grad * activation(preact)
   void (*epilogue_backward)(T* dpreact, A* dgate, const T* grad, const T* preact, const A* gate,
                             Activation activation, int64_t n);
-  // out = 0, past the caches: a plain store would first read what it overwrites
+  // out = 0, where there are vectors past the caches: a plain store would first read what it overwrites
   void (*stream_zeros)(T* out, int64_t n);
   // mean and sum of squared deviations from it
   void (*moments)(const T* x, A* mean, A* m2, int64_t n);

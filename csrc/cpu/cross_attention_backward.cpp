@@ -23,6 +23,8 @@ struct Gradients {
   struct OfSource {
     T* data;
     bool cleared;  // what nobody sees is 0 already
+
+    bool to_clear() const { return data && !cleared; }
   };
   T* query = nullptr;
   std::vector<OfSource> key, value;
@@ -202,10 +204,9 @@ class Worker {
 // Elements of the gradients of all heads that are 0 since no query of their sample sees the key or value.
 template <class T>
 int64_t hidden(const Attention<T>& a, const Gradients<T>& out) {
-  const auto wanted = [](const auto& to) { return to.data && !to.cleared; };
   int64_t elements = 0;
   for (int64_t i = 0; i < a.sources; ++i) {
-    const int64_t width = wanted(out.key[i]) * a.depth + wanted(out.value[i]) * a.value_depth;
+    const int64_t width = out.key[i].to_clear() * a.depth + out.value[i].to_clear() * a.value_depth;
     for (int64_t b = 0; b < a.batch; ++b) elements += (a.key[i].rows - a.of(b, i).count) * width;
   }
   return elements * a.kv_heads;
@@ -219,7 +220,7 @@ void clear_hidden(const Attention<T>& a, int64_t h, const Gradients<T>& out, boo
     const Keys& k = a.of(h / a.kv_heads, i);
     const int64_t size = a.key[i].rows;
     const auto clear_of = [&](const auto& to, int64_t s, int64_t end, int64_t width) {
-      if (!to.data || to.cleared) return;
+      if (!to.to_clear()) return;
       T* const first = to.data + (h * size + s) * width;
       const int64_t count = (end - s) * width;
       if (streamed && count >= PAGE)

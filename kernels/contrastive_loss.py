@@ -73,14 +73,6 @@ def products_of(
 
 
 @triton.jit
-def rounded(x):
-    """The same: without the maximum, the product that x is may be fused with what is then subtracted from it,
-    here and not there, and weights near 1 would not reach 1.
-    """
-    return tl.maximum(x, -3e38, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def softplus(x):
     u = tl.exp(-tl.abs(x))
     whole = 1 + u
@@ -93,14 +85,17 @@ def loss_kernel(
     SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """What each row loses; for softmax, half of its cross-entropy, and its log-sum-exp as two numbers."""
+    """What each row loses; for softmax, half of its cross-entropy, and its log-sum-exp as two numbers: the
+    product whose logit is the largest, negative where the scale is, and log2 of the sum beside that.
+
+    A logit far from 0 has lost to rounding what a difference of products times the scale keeps.
+    """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = is_there(present, row, n)
     factor = tl.load(scale)
     shift = 0.0
-    if SOFTMAX:
-        factor *= LOG2E
-    elif bias is not None:
+    size = tl.abs(factor) * LOG2E
+    if bias is not None:
         shift = tl.load(bias)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -112,25 +107,24 @@ def loss_kernel(
             x, x_stride, y, y_stride, row, column, rows, columns, features, PRECISION, BLOCK_M, BLOCK_N,
             BLOCK_K,
         )  # fmt: skip
-        z = rounded(s * factor) + shift
         mine = row[:, None] == column[None, :]
         if SOFTMAX:
-            z = tl.where(columns[None, :], z, float("-inf"))
-            own += tl.sum(tl.where(mine, z, 0.0), 1)
-            higher = tl.maximum(top, tl.max(z, 1))
+            s = tl.where(factor < 0, -s, s)
+            own += tl.sum(tl.where(mine, s, 0.0), 1)
+            higher = tl.maximum(top, tl.max(tl.where(columns[None, :], s, float("-inf")), 1))
             higher_or_0 = tl.where(higher == float("-inf"), 0.0, higher)  # nothing may have been there yet
-            total = total * tl.exp2(top - higher_or_0) + tl.sum(tl.exp2(z - higher_or_0[:, None]), 1)
+            terms = tl.where(columns[None, :], tl.exp2((s - higher_or_0[:, None]) * size), 0.0)
+            before = tl.where(top == float("-inf"), 0.0, tl.exp2((top - higher_or_0) * size))
+            total = total * before + tl.sum(terms, 1)
             top = higher
         else:
+            z = s * factor + shift
             total += tl.sum(tl.where(columns[None, :], softplus(tl.where(mine, -z, z)), 0.0), 1)
     if SOFTMAX:
         rest = tl.log2(total)
-        whole = top + rest
-        part = whole - top  # what rounding took from the sum: Knuth's two-sum
-        lost = (top - (whole - part)) + (rest - part)
-        tl.store(lse + row, tl.where(rows, whole, 0.0), mask=row < n)
-        tl.store(lse + n + row, tl.where(rows, lost, 0.0), mask=row < n)
-        total = (top - own + rest) * (LN2 / 2)
+        tl.store(lse + row, tl.where(rows, top, 0.0), mask=row < n)
+        tl.store(lse + n + row, tl.where(rows, rest, 0.0), mask=row < n)
+        total = ((top - own) * size + rest) * (LN2 / 2)
     tl.store(losses + row, tl.where(rows, total, 0.0), mask=row < n)
 
 
@@ -148,11 +142,10 @@ def gradient_kernel(
     rows = is_there(present, row, n)
     factor = tl.load(scale)
     upstream = tl.load(grad)
-    multiplier = factor
+    size = tl.abs(factor) * LOG2E
     shift = 0.0
     if SOFTMAX:
-        multiplier *= LOG2E
-        row_lse = tl.load(x_lse + row, mask=rows, other=0.0)[:, None]
+        row_top = tl.load(x_lse + row, mask=rows, other=0.0)[:, None]
         row_rest = tl.load(x_lse + n + row, mask=rows, other=0.0)[:, None]
     elif bias is not None:
         shift = tl.load(bias)
@@ -166,14 +159,16 @@ def gradient_kernel(
             x, x_stride, y, y_stride, row, column, rows, columns, features, PRECISION, BLOCK_M, BLOCK_N,
             BLOCK_K,
         )  # fmt: skip
-        z = rounded(s * multiplier) + shift
         mine = row[:, None] == column[None, :]
         if SOFTMAX:
-            lse = tl.load(y_lse + column, mask=columns, other=0.0)[None, :]
+            top = tl.load(y_lse + column, mask=columns, other=0.0)[None, :]
             rest = tl.load(y_lse + n + column, mask=columns, other=0.0)[None, :]
-            slope = (tl.exp2(z - row_lse - row_rest) + tl.exp2(z - lse - rest)) * 0.5
+            signed = tl.where(factor < 0, -s, s)
+            slope = tl.exp2((signed - row_top) * size - row_rest) + tl.exp2((signed - top) * size - rest)
+            slope *= 0.5
             slope = tl.where(mine, slope - 1, slope)
         else:
+            z = s * factor + shift
             slope = 1 / (1 + tl.exp(tl.where(mine, z, -z)))
             slope = tl.where(mine, -slope, slope)
         slope = tl.where(rows[:, None] & columns[None, :], slope, 0.0)

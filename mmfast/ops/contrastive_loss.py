@@ -173,9 +173,9 @@ def _backward_fake(
 
 
 # The scale and the bias are scalars as wide as the sums. The forward makes the loss and, for softmax, `lse`
-# [2, 2, N]: of each row and of each column the log-sum-exp of the logits, without their bias and in units of
-# ln 2, as itself and what rounding took from it; 0 where a pair is absent. So a weight near 1 comes back with
-# all its digits, and the slope in it, the weight less 1, is right too. The backward makes the gradients that
+# [2, 2, N]: of each row and of each column two numbers that stand for the log-sum-exp of its logits, each
+# backend's own; 0 where a pair is absent. One would not do: a weight near 1 is to come back with all its
+# digits, so that the slope in it, the weight less 1, is right too. The backward makes the gradients that
 # `needs` asks for, in the order a, b, logit_scale, logit_bias.
 _FORWARD = define(
     "contrastive_loss",

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 
 Call = Callable[..., Any]
 
@@ -211,11 +212,18 @@ def _elapsed(call: Call, turn: Iterable[tuple[Any, ...]], device: str) -> float:
 
 
 def forward_backward(call: Call) -> Call:
-    """``call`` with its backward: takes the output's gradient first, gives the output and all gradients."""
+    """``call`` with its backward: takes the output's gradient first, gives the output and all gradients.
+
+    What wants a gradient is looked for once for each set of inputs: a user knows it.
+    """
+    wanted = WeakTensorKeyDictionary()  # by the output's gradient
 
     def run(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         out = call(*args)
-        return out, *torch.autograd.grad(out, [t for t in tree_leaves(args) if _wants_grad(t)], grad)
+        leaves = wanted.get(grad)
+        if leaves is None:
+            leaves = wanted[grad] = [t for t in tree_leaves(args) if _wants_grad(t)]
+        return out, *torch.autograd.grad(out, leaves, grad)
 
     return run
 

@@ -38,10 +38,9 @@ class Machine:
         """This machine and this process; without its GPU where ``device``, which did the work, is "cpu"."""
         info = Path("/proc/cpuinfo")
         text = info.read_text() if info.exists() else ""
-        model = re.search(r"^model name\s*: (.+)", text, re.MULTILINE)
         flags = set(" ".join(re.findall(r"^(?:flags|Features)\s*: (.+)", text, re.MULTILINE)).split())
         return cls(
-            cpu=model[1].strip() if model else platform.processor() or platform.machine(),
+            cpu=processor(text),
             instruction_sets=[flag for flag in _FLAGS if flag in flags],
             cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
             threads=torch.get_num_threads(),
@@ -56,6 +55,19 @@ class Machine:
         """A short name for file names: the GPU's, else the processor's, its limits and threads."""
         cpu = " ".join([self.cpu, *self.limits.values(), f"{self.threads} threads"])
         return re.sub(r"[^a-z0-9]+", "-", (self.gpu or cpu).lower()).strip("-")
+
+
+def processor(cpuinfo: str) -> str:
+    """The processor's name in the text of /proc/cpuinfo.
+
+    A virtual machine may keep the number to itself, and then a name stands for several generations: family
+    and model tell them apart.
+    """
+    said = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)", cpuinfo, re.MULTILINE))
+    name = str(said.get("model name", platform.processor() or platform.machine())).strip()
+    if re.search(r"\d", name) or "cpu family" not in said:
+        return name
+    return f"{name} (family {said['cpu family']}, model {said['model']})"
 
 
 def _version(package: str) -> str:

@@ -1,13 +1,14 @@
 """A record comes back as it was written, and the table hides neither losses nor what was asked for."""
 
 import io
+import platform
 from dataclasses import replace
 from types import SimpleNamespace
 
 from rich.console import Console
 
 from mmfast.bench.measure import Result
-from mmfast.bench.report import Machine, Record, commit
+from mmfast.bench.report import Machine, Record, commit, processor
 
 MACHINE = Machine("A CPU (R) 9000", ["avx2"], 2, 2, None, {"python": "3.12", "torch": "2.14.1"})
 RESULTS = [
@@ -46,6 +47,13 @@ def test_a_record_says_where_and_when_it_was_taken():
         and record.machine.versions["torch"] != "not installed"
     )
     assert record.date[:2] == "20" and record.date.endswith("+00:00")
+
+
+def test_processors_of_one_name_are_told_apart():
+    said = "processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: {}\nstepping\t: 1\n"
+    assert processor(said.format("AMD EPYC")) == "AMD EPYC (family 26, model 2)"
+    assert processor(said.format("AMD EPYC 9654")) == "AMD EPYC 9654"
+    assert processor("") == (platform.processor() or platform.machine())
 
 
 def test_a_run_that_was_kept_from_an_instruction_set_says_so(monkeypatch):

@@ -99,10 +99,8 @@ struct Backward {
     const auto& s = p.sources[i];
     const Centring<T> centring{s.full || !p.norm ? mean : p.means[i].data(), s.full ? rstd : nullptr,
                                nullptr};
-    product_over_rows(rows, p.width, x, s.depth, p.norm ? &centring : nullptr,
-                      [&](int64_t o, int64_t first, int64_t count, const A* c) {
-                        p.kernels.narrow(dweight + o * p.depth + s.column + first, c, count);
-                      });
+    product_over_rows({dweight + s.column, p.depth, s.depth, 0}, rows, p.width, x, s.depth,
+                      p.norm ? &centring : nullptr);
   }
 
   void run() {

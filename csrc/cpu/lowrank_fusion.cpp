@@ -91,9 +91,9 @@ Tensors forward(const Tensors& inputs, const Tensors& factors, const Tensor& ran
     bytes = std::max(bytes, panel_bytes<T>(p.depth[i]));
     depth += p.depth[i];
   }
-  const int64_t all_rows = std::max<int64_t>(B, 1);
-  const int64_t most_rows = std::min(parts(parts(all_rows, 4), height) * height, MOST);
-  const int64_t task_rows = parts(parts(all_rows, parts(all_rows, most_rows)), height) * height;
+  const int64_t tiles = std::max<int64_t>(parts(B, height), 1);
+  const int64_t most_tiles = std::clamp<int64_t>(tiles / 4, 1, MOST / height);  // of a task
+  const int64_t task_rows = parts(tiles, parts(tiles, most_tiles)) * height;
   const int64_t blocks = parts(B, task_rows), panels = parts(O, width);
   take_turns<T>(panels, blocks, task_rows * width * R * (depth + MEMORY), [&](auto take) {
     const Buffer<A> product(task_rows, width), sum(task_rows, width);
@@ -238,16 +238,8 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensors& fact
   };
   const auto factor_grad = [&](int64_t i) {
     const int64_t depth = p.depth[i];
-    product_over_rows(p.x[i], depth, rows_of(i), R * O, static_cast<const Centring<T>*>(nullptr),
-                      [&](int64_t k, int64_t first, int64_t count, const A* c) {
-                        for (int64_t done = 0; done < count;) {  // columns may be those of two ranks
-                          const int64_t r = (first + done) / O, o = (first + done) % O;
-                          const int64_t some = std::min(count - done, O - o);
-                          row_kernels<T>().narrow(grads[n + i] + (r * (depth + 1) + k) * O + o, c + done,
-                                                  some);
-                          done += some;
-                        }
-                      });
+    product_over_rows({grads[n + i], O, O, (depth + 1) * O}, p.x[i], depth, rows_of(i), R * O,
+                      static_cast<const Centring<T>*>(nullptr));
   };
   std::vector<Job> jobs;
   for (int64_t i = 0; i < n; ++i) {

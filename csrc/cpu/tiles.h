@@ -372,12 +372,21 @@ void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vec
   });
 }
 
+// A matrix whose columns lie in blocks of `width`, row after row in each.
+template <class T>
+struct Blocks {
+  T* data;
+  int64_t row_stride, width, block_stride;
+  T* at(int64_t row, int64_t column) const {
+    return data + row * row_stride + column / width * block_stride + column % width;
+  }
+};
+
 // out [m, n] = sum over k of left[k][0 .. m).T @ right[k][0 .. n), over the k where both are there, in parts
-// one after the other; end(row, first, count, c) takes columns first ... of a row of it. `centring`, of
-// right, may be null.
-template <class T, class End>
-void product_over_rows(const Rows<T>& left, int64_t m, const Rows<T>& right, int64_t n,
-                       const Centring<T>* centring, End end) {
+// one after the other. `centring`, of right, may be null.
+template <class T>
+void product_over_rows(const Blocks<T>& out, const Rows<T>& left, int64_t m, const Rows<T>& right, int64_t n,
+                       const Centring<T>* centring) {
   using A = typename wide<T>::type;
   // a panel, and a task's tiles, stay in a core's second cache
   constexpr int64_t DEPTH = 1024 / sizeof(T), TILES = 8;
@@ -427,10 +436,22 @@ void product_over_rows(const Rows<T>& left, int64_t m, const Rows<T>& right, int
               rows[i] = packed.row(t - from) + i * kernels.group;
               own.at[i] = sums + i * width;
             }
-            kernels.multiply(sums, begins ? nullptr : own.at, rows, height * kernels.group, count,
-                             whole.row(p), used, depth);
+            const A* const* const start = begins ? nullptr : own.at;
+            const int64_t row = t * height, column = p * width;
+            if (ends && kernels.multiply_into && count == height && used == width &&
+                column % out.width + width <= out.width) {
+              T* to[TileKernels<T>::MOST_ROWS];
+              for (int64_t i = 0; i < height; ++i) to[i] = out.at(row + i, column);
+              kernels.multiply_into(to, nullptr, Activation::none, sums, start, rows, height * kernels.group,
+                                    whole.row(p), depth);
+              continue;
+            }
+            kernels.multiply(sums, start, rows, height * kernels.group, count, whole.row(p), used, depth);
             for (int64_t i = 0; ends && i < count; ++i)
-              end(t * height + i, p * width, used, sums + i * width);
+              for (int64_t done = 0, some; done < used; done += some) {  // columns may be those of two blocks
+                some = std::min(used - done, out.width - (column + done) % out.width);
+                row_kernels<T>().narrow(out.at(row + i, column + done), sums + i * width + done, some);
+              }
           }
       }
     });

@@ -187,14 +187,14 @@ auto from_packed(const void* right) {
   };
 }
 
-template <class T>
-void multiply(Acc<T>* c, const Acc<T>* const* start, const T* const* left, int64_t step, int64_t,
+// As few vectors of each row as `used` columns need.
+template <class T, int V = VECTORS>
+void multiply(Acc<T>* c, const Acc<T>* const* start, const T* const* left, int64_t step, int64_t count,
               const void* right, int64_t used, int64_t depth) {
-  const auto fetch = from_packed<T>(right);
-  if (used <= COLUMNS<T> / 2)
-    multiply_by<T, ROWS, VECTORS / 2>(c, start, left, step, depth, fetch, into_tile<T>(c));
-  else
-    multiply_by<T, ROWS>(c, start, left, step, depth, fetch, into_tile<T>(c));
+  if constexpr (V > 1)
+    if (used <= (V - 1) * lanes<T>)
+      return multiply<T, V - 1>(c, start, left, step, count, right, used, depth);
+  multiply_by<T, ROWS, V>(c, start, left, step, depth, from_packed<T>(right), into_tile<T>(c));
 }
 
 template <class T, Activation activation>

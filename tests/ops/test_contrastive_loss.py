@@ -80,6 +80,16 @@ def test_loss_and_gradients_are_as_exact_as_promised(name, kind, options):
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [-1.3, 0.0])
+def test_the_scale_may_be_negative_or_0(name, kind, scale):
+    arguments = example(kind=kind, present=True)
+    arguments["logit_scale"] = torch.full((3,), scale, dtype=torch.float64, requires_grad=True)
+    for dtype in dtypes(name):
+        check(ours(name), MEANT, arguments, dtype)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_compiled_it_is_as_exact(name, kind):
     check(compiled(ours(name)), MEANT, example(kind=kind, present=True), torch.float32)
 

@@ -107,6 +107,18 @@ class Found(dict[str, Blocks]):
         return super().get(key, default)
 
 
+@contextlib.contextmanager
+def matmul_precision_kept() -> Iterator[None]:
+    """PyTorch's precision of float32 products is afterwards what it was, whatever happens."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@matmul_precision_kept()
 def tune_triton(op: str, works: Sequence[Work], found: Found) -> None:
     """Fills ``found``, this device's entry, with the best blocks of each kernel and precision.
 
@@ -122,7 +134,6 @@ def tune_triton(op: str, works: Sequence[Work], found: Found) -> None:
             under("triton", next(iter(work.variants.values())))(*work.inputs(0))
         return key in found.asked
 
-    before = torch.backends.cuda.matmul.fp32_precision
     for key, start in untuned(op, capability(torch.device("cuda"))).items():
         dtype = torch.bfloat16 if key.endswith(".half") else torch.float32
         torch.backends.cuda.matmul.fp32_precision = "tf32" if key.endswith(".tf32") else "ieee"
@@ -151,7 +162,6 @@ def tune_triton(op: str, works: Sequence[Work], found: Found) -> None:
             found.update(kept)
             raise
         print(f"{op} {key}: {found[key]}")
-    torch.backends.cuda.matmul.fp32_precision = before
 
 
 def untuned(op: str, generation: int) -> dict[str, Blocks]:

@@ -111,7 +111,7 @@ def test_attention_kernels_are_tuned_by_the_works_that_launch_them(monkeypatch):
 
 
 @pytest.mark.parametrize("tuned", [{}, {f"forward_64.{kind}": BLOCKS for kind in ("tf32", "ieee")}])
-def test_blocks_that_were_only_being_tried_are_not_kept(monkeypatch, tuned):
+def test_an_interrupt_leaves_blocks_and_precision_as_they_were(monkeypatch, tuned):
     pytest.importorskip("triton")
     if ops.available("cross_attention", "cpu")["triton"] != "ready":
         pytest.skip("needs Triton's interpreter")
@@ -129,9 +129,11 @@ def test_blocks_that_were_only_being_tried_are_not_kept(monkeypatch, tuned):
     monkeypatch.setitem(tune.TABLE["cross_attention"], "cpu", {"triton": found})
     monkeypatch.setattr(tune.torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(tune, "compare", interrupted)
+    precision = torch.backends.cuda.matmul.fp32_precision
     with pytest.raises(KeyboardInterrupt):
         tune.tune_triton("cross_attention", [forward], found)
     assert found == tuned
+    assert torch.backends.cuda.matmul.fp32_precision == precision  # it tries TF32 first
 
 
 def test_tuning_writes_this_device_and_keeps_the_others(monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -35,8 +36,22 @@ def patch_the_language_once_a_launch():
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
 
 
+def multiply_alike_everywhere():
+    """The interpreter leaves products to the BLAS kernel that suits the machine, and a promise about rounding would be
+    kept here and not there. So they are made in float64 and rounded once; what our kernels add up stays float32.
+    """
+    from triton.runtime import interpreter
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        product = np.matmul(a.data, b.data, dtype=np.float64).astype(d.data.dtype)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
     patch_the_language_once_a_launch()
+    multiply_alike_everywhere()
 
 
 @pytest.fixture

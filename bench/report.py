@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmfast.bench.measure import Result, Spread
+from mmfast.doctor import cpuinfo, processor
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16", "sve")
@@ -36,8 +37,7 @@ class Machine:
     @classmethod
     def here(cls, device: str = "cuda") -> "Machine":
         """This machine and this process; without its GPU where ``device``, which did the work, is "cpu"."""
-        info = Path("/proc/cpuinfo")
-        text = info.read_text() if info.exists() else ""
+        text = cpuinfo()
         flags = set(" ".join(re.findall(r"^(?:flags|Features)\s*: (.+)", text, re.MULTILINE)).split())
         return cls(
             cpu=processor(text),
@@ -55,19 +55,6 @@ class Machine:
         """A short name for file names: the GPU's, else the processor's, its limits and threads."""
         cpu = " ".join([self.cpu, *self.limits.values(), f"{self.threads} threads"])
         return re.sub(r"[^a-z0-9]+", "-", (self.gpu or cpu).lower()).strip("-")
-
-
-def processor(cpuinfo: str) -> str:
-    """The processor's name in the text of /proc/cpuinfo.
-
-    A virtual machine may keep the number to itself, and then a name stands for several generations: family
-    and model tell them apart.
-    """
-    said = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)", cpuinfo, re.MULTILINE))
-    name = str(said.get("model name", platform.processor() or platform.machine())).strip()
-    if re.search(r"\d", name) or "cpu family" not in said:
-        return name
-    return f"{name} (family {said['cpu family']}, model {said['model']})"
 
 
 def _version(package: str) -> str:

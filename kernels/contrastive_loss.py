@@ -93,9 +93,9 @@ def loss_kernel(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = is_there(present, row, n)
     factor = tl.load(scale)
-    shift = 0.0
     size = tl.abs(factor) * LOG2E
-    if bias is not None:
+    shift = 0.0
+    if not SOFTMAX and bias is not None:
         shift = tl.load(bias)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -40,12 +41,25 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpuinfo() -> str:
+    """The text of /proc/cpuinfo, empty where there is none."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+def processor(text: str) -> str:
+    """The processor's name in what ``cpuinfo`` says.
+
+    A virtual machine may keep the number to itself, and then a name stands for several generations: family
+    and model tell them apart.
+    """
+    said = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)", text, re.MULTILINE))
+    name = str(said.get("model name", platform.processor() or platform.machine())).strip()
+    if re.search(r"\d", name) or "cpu family" not in said:
+        return name
+    return f"{name} (family {said['cpu family']}, model {said['model']})"
 
 
 def _instruction_sets() -> str:
@@ -89,7 +103,7 @@ def main() -> int:
     machine = Table("machine", "", title=f"mmfast {__version__}", title_justify="left")
     machine.add_row("Python", platform.python_version())
     machine.add_row(
-        "CPU", f"{_cpu_name()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+        "CPU", f"{processor(cpuinfo())}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
     )
     machine.add_row("instruction sets", _instruction_sets())
     if _native.cpu:

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 from rich.console import Console
 
 from mmfast.bench.measure import Result
-from mmfast.bench.report import Machine, Record, commit, processor
+from mmfast.bench.report import Machine, Record, commit
+from mmfast.doctor import processor
 
 MACHINE = Machine("A CPU (R) 9000", ["avx2"], 2, 2, None, {"python": "3.12", "torch": "2.14.1"})
 RESULTS = [

@@ -73,11 +73,13 @@ template <class T>
 Tensors forward(const Tensors& inputs, const Tensors& factors, const Tensor& rank_weight, const Maybe& bias_,
                 const Maybe& present, bool save) {
   using A = typename wide<T>::type;
-  constexpr int64_t MOST = 96;  // rows of a task
   const Problem<T> p(inputs, factors, rank_weight, present);
   const int64_t n = p.count, B = p.rows, R = p.ranks, O = p.width;
-  const auto& tile = tile_kernels<T>();
-  const int64_t width = tile.columns, height = tile.rows;
+  std::vector<const TileKernels<T>*> tile;  // [n]
+  for (int64_t i = 0; i < n; ++i) tile.push_back(&tile_kernels<T>(B, p.depth[i], O));
+  const bool large = std::any_of(tile.begin(), tile.end(), [](auto* k) { return k != &tile_kernels<T>(); });
+  const TileKernels<T>& most = large ? *tile_kernels<T>().large : tile_kernels<T>();
+  const int64_t width = most.columns, height = most.rows;
   Tensors made{empty({B, O}, scalar_type<T>)};
   T* const out = data<T>(made[0]);
   if (save) made.push_back(empty({n, B, R, O}, scalar_type<T>));
@@ -87,15 +89,17 @@ Tensors forward(const Tensors& inputs, const Tensors& factors, const Tensor& ran
   std::vector<Right<T>> right;  // [n, R]
   int64_t bytes = 0, depth = 0;
   for (int64_t i = 0; i < n; ++i) {
-    for (int64_t r = 0; r < R; ++r) right.push_back(Right<T>::of_rows(p.factor_rows(i, r), O));
-    bytes = std::max(bytes, panel_bytes<T>(p.depth[i]));
+    for (int64_t r = 0; r < R; ++r)
+      right.push_back(Right<T>::of_rows(p.factor_rows(i, r), O)), right.back().kernels = tile[i];
+    bytes = std::max(bytes, panel_bytes(p.depth[i], *tile[i]));
     depth += p.depth[i];
   }
-  const int64_t tiles = std::max<int64_t>(parts(B, height), 1);
-  const int64_t most_tiles = std::clamp<int64_t>(tiles / 4, 1, MOST / height);  // of a task
-  const int64_t task_rows = parts(tiles, parts(tiles, most_tiles)) * height;
-  const int64_t blocks = parts(B, task_rows), panels = parts(O, width);
-  take_turns<T>(panels, blocks, task_rows * width * R * (depth + MEMORY), [&](auto take) {
+  // Rows of a task. What is packed for large products is dear: there are no more tasks than threads need.
+  const int64_t panels = parts(O, width), tiles = std::max<int64_t>(parts(B, height), 1);
+  const int64_t wanted = large ? parts(torch::stable::get_num_threads(), panels) : 4;
+  const int64_t most_tiles = std::clamp<int64_t>(tiles / wanted, 1, (large ? 256 : 96) / height);
+  const int64_t task_rows = parts(tiles, parts(tiles, most_tiles)) * height, blocks = parts(B, task_rows);
+  take_turns(most, panels, blocks, task_rows * width * R * (depth + MEMORY), [&](auto take) {
     const Buffer<A> product(task_rows, width), sum(task_rows, width);
     const Buffer<char> packed(1, bytes);
     alignas(64) A base[TileKernels<T>::MOST_COLUMNS] = {}, ones[TileKernels<T>::MOST_COLUMNS];
@@ -124,10 +128,11 @@ Tensors forward(const Tensors& inputs, const Tensors& factors, const Tensor& ran
           const bool in_place = factor.in_place(rows, panel);
           if (!in_place) factor.pack(packed.data(), panel);
           row_kernels<T>().widen(base, p.factor_row(i, r, p.depth[i]) + first, used);
+          const int64_t height = tile[i]->rows;
           std::fill_n(c.at, height, base);
           for (int64_t k = 0; k < rows; k += height) {
             const int64_t count = std::min(height, rows - k);
-            const T* left[TileKernels<T>::MOST_ROWS];
+            const T* left[TileKernels<T>::LARGE_ROWS];
             // a short tile's last row fills it up
             for (int64_t t = 0; t < height; ++t) left[t] = p.x[i][there[k + std::min(t, count - 1)]];
             factor.multiply(c.of, c.at, left, count, panel, in_place ? nullptr : packed.data());
@@ -216,14 +221,21 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensors& fact
     return rows;
   };
   const auto input_grad = [&](int64_t i) {
-    const Rows<T> rows = rows_of(i);
+    Rows<T> rows = rows_of(i);
     const int64_t depth = p.depth[i];
     std::vector<Term<T>> terms;
-    for (int64_t r = 0; r < R; ++r) {
-      Rows<T> left(rows);
-      for (const T*& row : left)
-        if (row) row += r * O;
-      terms.push_back({std::move(left), {Right<T>::of_columns(p.factor_rows(i, r), O)}, nullptr});
+    if (B > tile_kernels<T>().few && O % TileKernels<T>::MOST_GROUP == 0) {  // one product over all ranks
+      Rows<T> columns;
+      for (int64_t r = 0; r < R; ++r)
+        for (int64_t k = 0; k < depth; ++k) columns.push_back(p.factor_row(i, r, k));
+      terms.push_back({std::move(rows), {Right<T>::of_runs(std::move(columns), O, R)}, nullptr});
+    } else {
+      for (int64_t r = 0; r < R; ++r) {
+        Rows<T> left(rows);
+        for (const T*& row : left)
+          if (row) row += r * O;
+        terms.push_back({std::move(left), {Right<T>::of_columns(p.factor_rows(i, r), O)}, nullptr});
+      }
     }
     sum_of_products(
         B, depth, 1, terms,

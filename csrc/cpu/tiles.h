@@ -18,12 +18,20 @@ MM_KERNELS(tile_kernels, TileKernels)
 
 inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// A thread that makes products of T: some instruction sets want to be told.
+// The kernels for the product of [rows, depth] and [depth, columns].
+template <class T>
+const TileKernels<T>& tile_kernels(int64_t rows, int64_t depth, int64_t columns) {
+  constexpr int64_t ROWS = 128, DEPTH = 128, COLUMNS = 128;
+  const auto& usual = tile_kernels<T>();
+  return usual.large && rows >= ROWS && depth >= DEPTH && columns >= COLUMNS ? *usual.large : usual;
+}
+
+// A thread that makes products: some instruction sets want to be told.
 template <class T>
 struct Multiplying {
-  const TileKernels<T>& kernels = tile_kernels<T>();
+  const TileKernels<T>& kernels;
 
-  Multiplying() {
+  explicit Multiplying(const TileKernels<T>& kernels) : kernels(kernels) {
     if (kernels.begin) kernels.begin();
   }
   ~Multiplying() {
@@ -39,12 +47,13 @@ struct Multiplying {
 // place were seen to hinder each other. `cost` of a task: in multiplications. Products of T are made in here
 // only.
 template <class T, class F>
-void take_turns(int64_t lines, int64_t of_line, int64_t cost, const F& worker) {
+void take_turns(const TileKernels<T>& kernels, int64_t lines, int64_t of_line, int64_t cost,
+                const F& worker) {
   std::vector<std::atomic<int64_t>> next(lines);
   const int64_t worthwhile = (1 << 18) / std::max<int64_t>(cost, 1) + 1;  // tasks for one thread
   if (lines * of_line == 0) return;
   torch::stable::parallel_for(0, lines * of_line, worthwhile, [&](int64_t begin, int64_t) {
-    const Multiplying<T> multiplying;
+    const Multiplying<T> multiplying(kernels);
     int64_t line = begin / of_line, ended = 0;
     worker([&]() -> int64_t {
       for (; ended < lines; ++ended, line = (line + 1) % lines)
@@ -53,6 +62,11 @@ void take_turns(int64_t lines, int64_t of_line, int64_t cost, const F& worker) {
       return -1;
     });
   });
+}
+
+template <class T, class F>
+void take_turns(int64_t lines, int64_t of_line, int64_t cost, const F& worker) {
+  take_turns(tile_kernels<T>(), lines, of_line, cost, worker);
 }
 
 // Independent work, its cost in multiplications.
@@ -120,14 +134,13 @@ void fetch_ahead(const T* from, int64_t n) {
 
 // Packed elements of a line of k: whole groups of them.
 template <class T>
-int64_t whole_groups(int64_t depth) {
-  const int64_t group = tile_kernels<T>().group;
-  return parts(depth, group) * group;
+int64_t whole_groups(int64_t depth, const TileKernels<T>& kernels = tile_kernels<T>()) {
+  return parts(depth, kernels.group) * kernels.group;
 }
 
 template <class T>
-int64_t panel_bytes(int64_t depth) {
-  return whole_groups<T>(depth) * tile_kernels<T>().columns * tile_kernels<T>().bytes;
+int64_t panel_bytes(int64_t depth, const TileKernels<T>& kernels = tile_kernels<T>()) {
+  return whole_groups(depth, kernels) * kernels.columns * kernels.right_bytes;
 }
 
 // The right-hand side of products, [depth, columns], in panels as wide as a tile.
@@ -136,6 +149,7 @@ struct Right {
   Rows<T> rows;  // the matrix's, or its transpose's
   bool transposed;
   int64_t depth, columns;
+  int64_t runs = 1;  // of each column, one after the other: run r of column j begins at rows[r * columns + j]
   const TileKernels<T>* kernels = &tile_kernels<T>();
 
   static Right of_rows(Rows<T> rows, int64_t columns) {
@@ -146,13 +160,21 @@ struct Right {
     const int64_t columns = rows.size();
     return {std::move(rows), true, depth, columns};
   }
+  // Each column in some runs of `depth`, a multiple of MOST_GROUP.
+  static Right of_runs(Rows<T> rows, int64_t depth, int64_t runs) {
+    const int64_t columns = rows.size() / runs;
+    return {std::move(rows), true, depth * runs, columns, runs};
+  }
 
   int64_t width() const { return kernels->columns; }
   int64_t used(int64_t p) const { return std::min(width(), columns - p * width()); }
-  int64_t packed_bytes() const { return panel_bytes<T>(depth); }
+  int64_t packed_bytes() const { return panel_bytes(depth, *kernels); }
   void pack(char* to, int64_t p) const {
+    const int64_t run = depth / runs;
     if (transposed)
-      kernels->pack_columns(to, rows.data() + p * width(), depth, used(p));
+      for (int64_t r = 0; r < runs; ++r)
+        kernels->pack_columns(to + r * panel_bytes(run, *kernels), rows.data() + r * columns + p * width(),
+                              run, used(p));
     else
       kernels->pack_rows(to, rows.data(), p * width(), depth, used(p));
   }
@@ -170,7 +192,7 @@ struct Right {
   // row cannot be read in vectors; of a column each product's lanes have to be added up.
   bool in_place(int64_t rows, int64_t p) const {
     constexpr int64_t ADDING = 48;  // as long as packing these bytes of a column
-    if (rows > kernels->few) return false;
+    if (rows > kernels->few || runs > 1) return false;
     return transposed ? rows * ADDING <= depth * int64_t{sizeof(T)} : used(p) == width();
   }
 };
@@ -259,8 +281,8 @@ class Panels {
 template <class T, class A = typename wide<T>::type>
 struct Sums {
   using K = TileKernels<T>;
-  alignas(64) A of[K::MOST_ROWS * K::MOST_COLUMNS] = {};
-  const A* at[K::MOST_ROWS];  // where each row stands so far
+  alignas(64) A of[K::LARGE_ROWS * K::MOST_COLUMNS] = {};
+  const A* at[K::LARGE_ROWS];  // where each row stands so far
 
   static inline const A zeros[K::MOST_COLUMNS] = {};
 };
@@ -280,19 +302,22 @@ struct Into {
 // sums, `other` those of the second, unless the tile has gone `into` its place. The order of a sum's terms
 // does not depend on the number of threads.
 template <class T, class Begin, class End>
-void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vector<Term<T>>& terms,
-                     Begin begin, End end, const Into<T>& into = {}) {
+void sum_of_products(int64_t rows, int64_t columns, int64_t sums, std::vector<Term<T>>& terms, Begin begin,
+                     End end, const Into<T>& into = {}) {
   using A = typename wide<T>::type;
   if (rows == 0 || columns == 0) return;
-  constexpr int64_t TILES = 8;  // of a task: its rows stay in a core's second cache
-  const auto& kernels = tile_kernels<T>();
-  const int64_t height = kernels.rows, width = kernels.columns;
-  const Order order(rows, terms, height);
-  int64_t depth = 0, centred = 0;  // of a row, and what of it is centred first
+  constexpr int64_t TILES = 8;                  // of a task: its rows stay in a core's second cache
+  int64_t depth = 0, centred = 0, longest = 0;  // of a row, and what of it is centred first
   for (const auto& t : terms) {
     depth += sums * t.right[0].depth;
+    longest = std::max(longest, t.right[0].depth);
     if (t.centring) centred += t.right[0].depth;
   }
+  const auto& kernels = tile_kernels<T>(rows, longest, columns);
+  for (auto& t : terms)
+    for (auto& right : t.right) right.kernels = &kernels;
+  const int64_t height = kernels.rows, width = kernels.columns;
+  const Order order(rows, terms, height);
   const int64_t panels = parts(columns, width), blocks = parts(order.tiles.size(), TILES);
   // Panels of a task: those after the first find its rows near.
   const int64_t across = parts(panels, rows > 512 ? 6 : 1), group = parts(panels, across);
@@ -303,7 +328,7 @@ void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vec
   const bool direct = into.out && kernels.multiply_into && sums == 1 && !terms.empty();
   const int64_t cost = std::clamp(rows, MEMORY, TILES * height) * group * width * (depth + MEMORY);
 
-  take_turns<T>(across * down, of_line, cost, [&](auto take) {
+  take_turns(kernels, across * down, of_line, cost, [&](auto take) {
     Panels<T> right(terms, rows, sums, group);
     Rows<T> ready(terms.size() * TILES * height);  // of the task, term by term
     const Buffer<T> memory(std::min(rows, TILES * height), centred);
@@ -342,14 +367,14 @@ void sum_of_products(int64_t rows, int64_t columns, int64_t sums, const std::vec
           const bool straight = direct && tile->count == height && used == width &&
                                 terms.back().left[own[begun]] && right.packed(p, terms.size() - 1, 0);
           for (size_t k = 0; k < terms.size(); ++k) {
-            const T *left[TileKernels<T>::MOST_ROWS], *const *const x = &ready[k * TILES * height];
+            const T *left[TileKernels<T>::LARGE_ROWS], *const *const x = &ready[k * TILES * height];
             if (!x[begun]) continue;
             for (int64_t i = 0; i < height; ++i) left[i] = x[row(i)];
             // at each panel one row of this tile's place in the next task
             if (const int64_t* const next = own + count + begun + p - first_panel; next < end_of_rows)
               if (const T* const later = terms[k].left[*next]) fetch_ahead(later, terms[k].right[0].depth);
             if (straight && k + 1 == terms.size()) {
-              T *out[TileKernels<T>::MOST_ROWS], *preact[TileKernels<T>::MOST_ROWS];
+              T *out[TileKernels<T>::LARGE_ROWS], *preact[TileKernels<T>::LARGE_ROWS];
               for (int64_t i = 0; i < height; ++i) {
                 const int64_t place = own[begun + i] * columns + column;
                 out[i] = into.out + place;
@@ -389,24 +414,26 @@ void product_over_rows(const Blocks<T>& out, const Rows<T>& left, int64_t m, con
                        const Centring<T>* centring) {
   using A = typename wide<T>::type;
   // a panel, and a task's tiles, stay in a core's second cache
-  constexpr int64_t DEPTH = 1024 / sizeof(T), TILES = 8;
+  constexpr int64_t DEPTH = 1024 / sizeof(T), LARGE_DEPTH = 384, TILES = 8;
   constexpr int64_t NEAR = 64;  // rows that stay in the first cache while each tile takes its part of them
-  const auto& kernels = tile_kernels<T>();
-  const int64_t height = kernels.rows, width = kernels.columns, tile = height * width;
-  const int64_t tiles = parts(m, height), panels = parts(n, width);
   std::vector<int64_t> there;
   for (size_t k = 0; k < left.size(); ++k)
     if (left[k] && right[k]) there.push_back(k);
+  const auto& kernels = tile_kernels<T>(m, there.size(), n);
+  const int64_t height = kernels.rows, width = kernels.columns, tile = height * width;
+  const int64_t tiles = parts(m, height), panels = parts(n, width);
 
-  const int64_t most = std::min<int64_t>(there.size(), DEPTH);
-  const bool once = there.size() <= DEPTH;
+  const int64_t most_depth = &kernels == &tile_kernels<T>() ? DEPTH : LARGE_DEPTH;
+  const int64_t most = std::min<int64_t>(there.size(), most_depth);
+  const bool once = static_cast<int64_t>(there.size()) <= most_depth;
   const Buffer<A> c(once ? 0 : tiles * panels, tile);
   const Buffer<T> centred(centring ? most : 0, n);
-  const Buffer<char> whole(panels, panel_bytes<T>(most));
+  const Buffer<char> whole(panels, panel_bytes(most, kernels));
   size_t first = 0;
   do {
     const int64_t* const k = there.data() + first;
-    const int64_t depth = std::min<int64_t>(DEPTH, there.size() - first);
+    const int64_t depth = std::min<int64_t>(most_depth, there.size() - first);
+    const int64_t step = height * kernels.group * kernels.left_bytes / static_cast<int64_t>(sizeof(T));
     const bool begins = first == 0, ends = first + depth == there.size();
     Rows<T> a(depth), b(depth);
     for (int64_t i = 0; i < depth; ++i) a[i] = left[k[i]], b[i] = centring ? centred.row(i) : right[k[i]];
@@ -418,43 +445,46 @@ void product_over_rows(const Blocks<T>& out, const Rows<T>& left, int64_t m, con
       for (int64_t p = from; p < to; ++p)
         kernels.pack_rows(whole.row(p), b.data(), p * width, depth, std::min(width, n - p * width));
     });
-    take_turns<T>(parts(tiles, TILES), 1, TILES * tile * panels * std::max(depth, MEMORY), [&](auto take) {
-      const Buffer<T> packed(TILES, whole_groups<T>(depth) * height);
-      Sums<T> own;
-      for (int64_t task; (task = take()) >= 0;) {
-        const int64_t from = task * TILES, until = std::min(from + TILES, tiles);
-        for (int64_t i = 0; i < depth; i += NEAR)
-          for (int64_t t = from; t < until; ++t)
-            kernels.pack_left(packed.row(t - from) + i * height, a.data() + i, t * height,
-                              std::min(NEAR, depth - i), std::min(height, m - t * height));
-        for (int64_t p = 0; p < panels; ++p)
-          for (int64_t t = from; t < until; ++t) {
-            A* const sums = once ? own.of : c.row(t * panels + p);
-            const int64_t count = std::min(height, m - t * height), used = std::min(width, n - p * width);
-            const T* rows[TileKernels<T>::MOST_ROWS];
-            for (int64_t i = 0; i < height; ++i) {
-              rows[i] = packed.row(t - from) + i * kernels.group;
-              own.at[i] = sums + i * width;
-            }
-            const A* const* const start = begins ? nullptr : own.at;
-            const int64_t row = t * height, column = p * width;
-            if (ends && kernels.multiply_into && count == height && used == width &&
-                column % out.width + width <= out.width) {
-              T* to[TileKernels<T>::MOST_ROWS];
-              for (int64_t i = 0; i < height; ++i) to[i] = out.at(row + i, column);
-              kernels.multiply_into(to, nullptr, Activation::none, sums, start, rows, height * kernels.group,
-                                    whole.row(p), depth);
-              continue;
-            }
-            kernels.multiply(sums, start, rows, height * kernels.group, count, whole.row(p), used, depth);
-            for (int64_t i = 0; ends && i < count; ++i)
-              for (int64_t done = 0, some; done < used; done += some) {  // columns may be those of two blocks
-                some = std::min(used - done, out.width - (column + done) % out.width);
-                row_kernels<T>().narrow(out.at(row + i, column + done), sums + i * width + done, some);
+    take_turns(
+        kernels, parts(tiles, TILES), 1, TILES * tile * panels * std::max(depth, MEMORY), [&](auto take) {
+          const Buffer<char> packed(TILES, whole_groups(depth, kernels) * height * kernels.left_bytes);
+          Sums<T> own;
+          for (int64_t task; (task = take()) >= 0;) {
+            const int64_t from = task * TILES, until = std::min(from + TILES, tiles);
+            for (int64_t i = 0; i < depth; i += NEAR)
+              for (int64_t t = from; t < until; ++t)
+                kernels.pack_left(packed.row(t - from) + i * height * kernels.left_bytes, a.data() + i,
+                                  t * height, std::min(NEAR, depth - i), std::min(height, m - t * height));
+            for (int64_t p = 0; p < panels; ++p)
+              for (int64_t t = from; t < until; ++t) {
+                A* const sums = once ? own.of : c.row(t * panels + p);
+                const int64_t count = std::min(height, m - t * height), used = std::min(width, n - p * width);
+                const T* rows[TileKernels<T>::LARGE_ROWS];
+                for (int64_t i = 0; i < height; ++i) {
+                  rows[i] = reinterpret_cast<const T*>(packed.row(t - from) +
+                                                       i * kernels.group * kernels.left_bytes);
+                  own.at[i] = sums + i * width;
+                }
+                const A* const* const start = begins ? nullptr : own.at;
+                const int64_t row = t * height, column = p * width;
+                if (ends && kernels.multiply_into && count == height && used == width &&
+                    column % out.width + width <= out.width) {
+                  T* to[TileKernels<T>::LARGE_ROWS];
+                  for (int64_t i = 0; i < height; ++i) to[i] = out.at(row + i, column);
+                  kernels.multiply_into(to, nullptr, Activation::none, sums, start, rows, step, whole.row(p),
+                                        depth);
+                  continue;
+                }
+                kernels.multiply(sums, start, rows, step, count, whole.row(p), used, depth);
+                for (int64_t i = 0; ends && i < count; ++i)
+                  for (int64_t done = 0, some; done < used;
+                       done += some) {  // columns may be those of two blocks
+                    some = std::min(used - done, out.width - (column + done) % out.width);
+                    row_kernels<T>().narrow(out.at(row + i, column + done), sums + i * width + done, some);
+                  }
               }
           }
-      }
-    });
+        });
     first += depth;
   } while (first < there.size());
 }

@@ -136,17 +136,50 @@ def test_long_sums_are_as_exact(isa):
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
-@pytest.mark.parametrize("depth", [1, 31, 33, 80])
+@pytest.mark.parametrize("depth", [1, 31, 33, 80, 150])
 def test_nan_in_a_row_stays_in_it(isa, depth):
     """Where an instruction takes more of K than there is, what follows a row's end is the next row."""
-    for dtype, rows in itertools.product((torch.float32, torch.bfloat16), (7, 70)):
+    for dtype, rows in itertools.product((torch.float32, torch.bfloat16), (7, 70, 140)):
         x = torch.randn(rows, depth, dtype=dtype, requires_grad=True)
-        weight, grad = torch.randn(96, depth, dtype=dtype), torch.randn(rows, 96, dtype=dtype)
+        weight, grad = torch.randn(130, depth, dtype=dtype), torch.randn(rows, 130, dtype=dtype)
         with torch.no_grad():
             x[1::2], grad[1::2] = torch.nan, torch.nan
         out = on("cpu")(inputs=[x], weight=weight)
         for t in (out, torch.autograd.grad(out, x, grad)[0]):
             assert t[::2].isfinite().all() and t[1::2].isnan().all()
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("rows", [40, 140, 530])
+def test_large_products_reach_the_ends_of_float32(isa, rows):
+    """AMX takes float32 apart: what is infinite, or adds up to it, must come out as it does elsewhere."""
+    generator = torch.Generator().manual_seed(rows)
+    x, weight, grad = (
+        torch.randn(*shape, generator=generator) for shape in ((rows, 700), (150, 700), (rows, 150))
+    )
+    for t, (i, j) in itertools.product((x, weight, grad), ((3, 7), (33, 149), (20, 31), (39, 64))):
+        t[i, j] = {3: torch.inf, 33: -torch.inf, 20: torch.nan, 39: 3e37}[i]
+        t[i - 1, j] = 0
+    leaves = x.requires_grad_(), weight.requires_grad_()
+
+    def all_of(function):
+        out = function(inputs=[x], weight=weight)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+    for ours, meant in zip(all_of(on("cpu")), all_of(reference.concat_linear), strict=True):
+        fine = meant.isfinite()
+        torch.testing.assert_close(ours[~fine], meant[~fine], rtol=0, atol=0, equal_nan=True)
+        assert fine.any() and not fine.all() and ours[fine].isfinite().all()
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+def test_large_products_of_any_scale_are_as_exact(isa, scale):
+    arguments = example(((140, 500), (140, 30)), 150, bias=False)
+    with torch.no_grad():
+        for x in arguments["inputs"]:
+            x *= scale
+    check(on("cpu"), reference.concat_linear, arguments, torch.float32)
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)

@@ -61,7 +61,8 @@ void pack(To* to, const T* const* from, int64_t first, int64_t depth, int64_t co
 }
 
 template <class T>
-void pack_left(T* to, const T* const* from, int64_t first, int64_t depth, int64_t count) {
+void pack_left(void* to_, const T* const* from, int64_t first, int64_t depth, int64_t count) {
+  T* to = static_cast<T*>(to_);
   int64_t k = 0;
 #ifdef __AVX512BF16__
   if constexpr (PAIRS<T>)  // the compiler would move one element at a time
@@ -340,27 +341,61 @@ static_assert(TileKernels<bf16>::WHOLE_TILES % TILE_ROWS<bf16> == 0 &&
 static_assert(TILE_ROWS<bf16> <= TileKernels<bf16>::MOST_ROWS && ROWS <= TileKernels<float>::MOST_ROWS &&
               COLUMNS<float> <= TileKernels<float>::MOST_COLUMNS);
 
+#ifdef __AMX_BF16__
+static_assert(amx::ROWS <= TileKernels<float>::LARGE_ROWS && amx::WIDTH == COLUMNS<float>);
+
+template <class T>
+constexpr TileKernels<T> amx_kernels = {
+    .rows = amx::ROWS,
+    .columns = amx::WIDTH,
+    .group = amx::DEPTH,
+    .few = amx::FEW<T>,
+    .left_bytes = amx::PIECES<T> * sizeof(bf16),
+    .right_bytes = amx::PIECES<T> * sizeof(bf16),
+    .begin = amx::begin,
+    .end = amx::end,
+    .pack_left = amx::pack_left<T>,
+    .pack_rows = amx::pack_rows<T>,
+    .pack_columns = amx::pack_columns<T>,
+    .multiply = amx::multiply<T>,
+    .multiply_rows = multiply_rows<T>,
+    .multiply_columns = multiply_columns<T>,
+};
+constexpr TileKernels<float> amx_floats = [] {
+  TileKernels<float> all = amx_kernels<float>;
+  all.multiply_into = amx::multiply_into;
+  return all;
+}();
+#endif
+
+template <class T>
+constexpr const TileKernels<T>* large_kernels() {
+#ifdef __AMX_BF16__
+  if constexpr (sizeof(T) == 4) return &amx_floats;
+#endif
+  return nullptr;
+}
+
 template <class T>
 constexpr TileKernels<T> kernels = {
-    ROWS,        COLUMNS<T>,       GROUP<T>,         16 * sizeof(T),     sizeof(Element<T>),
-    nullptr,     nullptr,          pack_left<T>,     pack_rows<T>,       pack_columns<T>,
-    multiply<T>, multiply_into<T>, multiply_rows<T>, multiply_columns<T>};
+    .rows = ROWS,
+    .columns = COLUMNS<T>,
+    .group = GROUP<T>,
+    .few = 16 * sizeof(T),
+    .left_bytes = sizeof(T),
+    .right_bytes = sizeof(Element<T>),
+    .pack_left = pack_left<T>,
+    .pack_rows = pack_rows<T>,
+    .pack_columns = pack_columns<T>,
+    .multiply = multiply<T>,
+    .multiply_into = multiply_into<T>,
+    .multiply_rows = multiply_rows<T>,
+    .multiply_columns = multiply_columns<T>,
+    .large = large_kernels<T>(),
+};
 #ifdef __AMX_BF16__
 template <>
-constexpr TileKernels<bf16> kernels<bf16> = {amx::ROWS,
-                                             amx::WIDTH,
-                                             amx::DEPTH,
-                                             amx::FEW,
-                                             sizeof(bf16),
-                                             amx::begin,
-                                             amx::end,
-                                             amx::pack_left,
-                                             amx::pack_rows,
-                                             amx::pack_columns,
-                                             amx::multiply,
-                                             nullptr,
-                                             multiply_rows<bf16>,
-                                             multiply_columns<bf16>};
+constexpr TileKernels<bf16> kernels<bf16> = amx_kernels<bf16>;
 #endif
 
 }  // namespace

@@ -14,15 +14,17 @@ struct TileKernels {
   // In any instruction set.
   static constexpr int64_t MOST_ROWS = sizeof(T) == 2 ? 32 : 6, MOST_COLUMNS = 256 / sizeof(A);
   static constexpr int64_t WHOLE_TILES = 96;  // rows
+  static constexpr int64_t MOST_GROUP = 32;
+  static constexpr int64_t LARGE_ROWS = sizeof(T) == 8 ? MOST_ROWS : 32;  // the most that `large` has too
 
   int64_t rows, columns, group;
-  int64_t few;    // rows, for which packing what they are multiplied with takes longer than it saves
-  int64_t bytes;  // of an element of the right-hand side once packed
+  int64_t few;  // rows, for which packing what they are multiplied with takes longer than it saves
+  int64_t left_bytes, right_bytes;  // of an element once packed
   // What a thread has to do before and after its products; null: nothing.
   void (*begin)();
   void (*end)();
   // The left-hand side for one tile, [depth / group, rows, group]: element (k, i) is from[k][first + i].
-  void (*pack_left)(T* to, const T* const* from, int64_t first, int64_t depth, int64_t count);
+  void (*pack_left)(void* to, const T* const* from, int64_t first, int64_t depth, int64_t count);
   // The right-hand side for one tile, width `columns`: element (k, j) is from[k][first + j].
   void (*pack_rows)(void* to, const T* const* from, int64_t first, int64_t depth, int64_t count);
   // The same of a transposed one: element (k, j) is from[j][k].
@@ -45,6 +47,8 @@ struct TileKernels {
   // ... or right[j][k], for the first `columns` columns
   void (*multiply_columns)(A* c, const A* const* start, const T* const* left, int64_t count,
                            const T* const* right, int64_t columns, int64_t depth);
+  // Others for large products, as wide; null: none.
+  const TileKernels* large;
 };
 
 }  // namespace mmfast

@@ -376,8 +376,8 @@ def _grad_weight(
     use_descriptors(options, possible, (grad, height), (x, row_step(sizes, strides)))
     tiles_m = triton.cdiv(height, options["BLOCK_M"])
     tiles_n = triton.cdiv(width, options["BLOCK_N"])
-    if width == 0:
-        return grad.new_zeros(2, 0)
+    if width == 0 or height == 0:
+        return grad.new_zeros(2, width)
 
     parts = max(1, min(_PROGRAMS // (tiles_m * tiles_n), rows // 512))
     block = options["BLOCK_K"]  # a descriptor does not end with a chunk: that ends with a tile

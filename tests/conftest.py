@@ -4,6 +4,7 @@ compiler where there is none.
 
 import os
 import shutil
+import signal
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -22,6 +23,9 @@ hypothesis.settings.load_profile("same")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# What a shell runs in the background ignores Ctrl-C, and so would what the tests start to send it to.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def patch_the_language_once_a_launch():

@@ -224,7 +224,8 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensors& fact
     Rows<T> rows = rows_of(i);
     const int64_t depth = p.depth[i];
     std::vector<Term<T>> terms;
-    if (B > tile_kernels<T>().few && O % TileKernels<T>::MOST_GROUP == 0) {  // one product over all ranks
+    if (R > 0 && B > tile_kernels<T>().few &&
+        O % TileKernels<T>::MOST_GROUP == 0) {  // one product over all ranks
       Rows<T> columns;
       for (int64_t r = 0; r < R; ++r)
         for (int64_t k = 0; k < depth; ++k) columns.push_back(p.factor_row(i, r, k));

@@ -414,7 +414,7 @@ void product_over_rows(const Blocks<T>& out, const Rows<T>& left, int64_t m, con
                        const Centring<T>* centring) {
   using A = typename wide<T>::type;
   // a panel, and a task's tiles, stay in a core's second cache
-  constexpr int64_t DEPTH = 1024 / sizeof(T), LARGE_DEPTH = 384, TILES = 8;
+  constexpr int64_t DEPTH = 1024 / sizeof(T), LARGE_DEPTH = 384, MOST_TILES = 8;
   constexpr int64_t NEAR = 64;  // rows that stay in the first cache while each tile takes its part of them
   std::vector<int64_t> there;
   for (size_t k = 0; k < left.size(); ++k)
@@ -423,7 +423,10 @@ void product_over_rows(const Blocks<T>& out, const Rows<T>& left, int64_t m, con
   const int64_t height = kernels.rows, width = kernels.columns, tile = height * width;
   const int64_t tiles = parts(m, height), panels = parts(n, width);
 
-  const int64_t most_depth = &kernels == &tile_kernels<T>() ? DEPTH : LARGE_DEPTH;
+  const bool large = &kernels != &tile_kernels<T>();
+  const int64_t most_depth = large ? LARGE_DEPTH : DEPTH;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t of_task = large ? std::clamp<int64_t>(tiles / (2 * threads), 1, MOST_TILES) : MOST_TILES;
   const int64_t most = std::min<int64_t>(there.size(), most_depth);
   const bool once = static_cast<int64_t>(there.size()) <= most_depth;
   const Buffer<A> c(once ? 0 : tiles * panels, tile);
@@ -446,11 +449,11 @@ void product_over_rows(const Blocks<T>& out, const Rows<T>& left, int64_t m, con
         kernels.pack_rows(whole.row(p), b.data(), p * width, depth, std::min(width, n - p * width));
     });
     take_turns(
-        kernels, parts(tiles, TILES), 1, TILES * tile * panels * std::max(depth, MEMORY), [&](auto take) {
-          const Buffer<char> packed(TILES, whole_groups(depth, kernels) * height * kernels.left_bytes);
+        kernels, parts(tiles, of_task), 1, of_task * tile * panels * std::max(depth, MEMORY), [&](auto take) {
+          const Buffer<char> packed(of_task, whole_groups(depth, kernels) * height * kernels.left_bytes);
           Sums<T> own;
           for (int64_t task; (task = take()) >= 0;) {
-            const int64_t from = task * TILES, until = std::min(from + TILES, tiles);
+            const int64_t from = task * of_task, until = std::min(from + of_task, tiles);
             for (int64_t i = 0; i < depth; i += NEAR)
               for (int64_t t = from; t < until; ++t)
                 kernels.pack_left(packed.row(t - from) + i * height * kernels.left_bytes, a.data() + i,

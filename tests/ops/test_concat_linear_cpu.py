@@ -173,6 +173,15 @@ def test_large_products_reach_the_ends_of_float32(isa, rows):
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_a_large_product_just_below_infinity_is_finite(isa):
+    """The first pieces of its two elements multiply to more."""
+    x, weight, element = torch.zeros(140, 140), torch.zeros(140, 140), 2.0**64 - 2.0**54
+    x[2, 3] = weight[4, 3] = element
+    out = on("cpu")(inputs=[x], weight=weight)
+    assert out[2, 4] == torch.tensor(element).square() and out.count_nonzero() == 1
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
 def test_large_products_of_any_scale_are_as_exact(isa, scale):
     arguments = example(((140, 500), (140, 30)), 150, bias=False)

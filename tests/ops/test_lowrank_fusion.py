@@ -1,5 +1,7 @@
 """The promises of every op for lowrank_fusion, on every backend that is there."""
 
+import itertools
+
 import pytest
 import torch
 from check import at_thread_counts, backends, cast, check, compiled, dtypes, isas, run, same_bits
@@ -57,6 +59,15 @@ def test_every_instruction_set_is_as_exact(isa, rows):
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             arguments = example((70, 9), rows, 3, width, present=rows == 40)
             check(on("cpu"), reference.lowrank_fusion, arguments, dtype, upstreams=4)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("present", [False, True])
+def test_large_products_are_as_exact(isa, present):
+    """With AMX those of float32 too run in its tiles. The gradient of a modality is one product over all ranks, or several."""
+    for dtype, width in itertools.product((torch.float32, torch.bfloat16), (128, 130)):
+        arguments = example((150, 129, 20), 150, 2, width, present=present)
+        check(on("cpu"), reference.lowrank_fusion, arguments, dtype, upstreams=4)
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
@@ -225,7 +236,13 @@ def test_what_is_visible_propagates_nan(name):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_zero_rows_features_and_outputs(name):
-    for sizes in ({"rows": 0}, {"depths": (0, 4)}, {"width": 0}):
+    for sizes in (
+        {"rows": 0},
+        {"depths": (0, 4)},
+        {"width": 0},
+        {"ranks": 0},
+        {"ranks": 0, "rows": 80, "width": 32},
+    ):
         for options in OPTIONS.values():
             check(on(name), reference.lowrank_fusion, example(**sizes, **options), torch.float32, upstreams=4)
 
@@ -299,7 +316,8 @@ def test_the_forced_backend_really_runs(name):
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_same_bits_every_time_and_with_any_number_of_threads(name):
     small, large = ((40, 20), 130, 4, 70), ((300, 200), 256, 8, 70)  # products side by side, or each on all
-    for sizes in (small, large) if name == "cpu" else [((40, 20), 40, 2, 70)]:
+    larger = ((300, 200), 150, 2, 130)  # in the tiles of AMX, where they are
+    for sizes in (small, large, larger) if name == "cpu" else [((40, 20), 40, 2, 70)]:
         arguments = cast(example(*sizes, present=True), torch.float32)
         first, *others = at_thread_counts(lambda arguments=arguments: run(on(name), arguments))
         assert all(same_bits(first, other) for other in others)

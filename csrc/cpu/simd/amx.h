@@ -3,12 +3,13 @@
 // the right-hand side of 32 k. A tile of sums as tiles.h means it is twice as wide, so that what makes
 // softmaxes of it need not know of AMX.
 //
-// A float32 has 24 bits, which are those of three bfloat16: x = x0 + x1 + x2, to the bit, each at most 2^-8
-// of the one before. Of the nine products of two such sums the six largest are made; the others are less than
-// 2^-25 of the whole, half of what float32 rounds off (Henry, Tang and Heinecke 2019, "Leveraging the
-// bfloat16 artificial intelligence datatype for higher-precision computations"). Six at sixteen times the
-// rate take less than half the time of AVX-512's products of float32, and round less often: once in 32 k.
-// What is smaller than 2^-126 counts as 0, in the pieces too; from 2^128 - 2^119 on an element is infinite.
+// A float32 has 24 bits, which are those of three bfloat16: x = x0 + x1 + x2, to the bit, x1 at most 2^-8 and
+// x2 at most 2^-17 of x0. Of the nine products of two such sums the six largest are made; the others are at
+// most 2^-24 of the whole, as much as float32 rounds off, and mostly far less (Henry, Tang and Heinecke 2019,
+// "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations"). Six at
+// sixteen times the rate take less than half the time of AVX-512's products of float32, and round a sum less
+// often: six times in 32 k. AMX takes what is below 2^-126 for 0, in the pieces too: elements below 2^-103
+// lose digits. From 2^128 - 2^119 on one counts as infinite.
 //
 // What is packed is packed as the registers hold it. Left: [depth / 32, pieces, 32 rows, 32 k]. Right:
 // [depth / 32, pieces, 4 times 16 columns, 16 pairs of k, 16 columns, 2 k]. Pairs are neighbours in bfloat16,
@@ -23,8 +24,9 @@ namespace amx {
 constexpr int64_t DEPTH = 32, ROWS = TILE_ROWS<bf16>, WIDTH = COLUMNS<bf16>, SIDE = 16, TILE = 1024;
 constexpr int64_t LINE = WIDTH * sizeof(float);  // bytes of a row of sums
 constexpr int64_t RIGHT = WIDTH * BYTES;         // bytes of a piece of DEPTH packed k
+// Rows, see tiles.h; of float32 none, since AVX-512 makes other bits.
 template <class T>
-constexpr int64_t FEW = sizeof(T) == 2 ? 8 : 24;  // rows, see tiles.h
+constexpr int64_t FEW = sizeof(T) == 2 ? 8 : 0;
 template <class T>
 constexpr int64_t PIECES = sizeof(T) == 2 ? 1 : 3;
 template <class T>
@@ -262,7 +264,7 @@ void multiply_tile(float* c, const float* const* start, const bf16* const* left,
 }
 
 // Element k of a line of float32 whose pieces are `apart` bytes from each other. Where it is infinite so is
-// the first of them, and the others are NaN.
+// the first of them, and the last is NaN.
 float joined(const char* line, int64_t apart, int64_t k) {
   float sum = 0;
   for (int64_t p = 0; p < PIECES<float>; ++p) {
@@ -291,10 +293,10 @@ void multiply_tile(float* c, const float* const* start, const float* const* left
                                  right + k / DEPTH * P * RIGHT + j * BYTES, groups, meanwhile);
     settle();
   };
-  // One by one, of elements that are infinite: in pieces they are inf - inf.
+  // One by one: an infinite element's pieces are inf - inf, and those of a finite product may reach infinity.
   const auto sum = [&](int64_t i, int64_t j, int64_t k, int64_t end) {
     float all = 0;
-    for (; k < end; ++k) {
+    for (; k < end && all == all; ++k) {
       const int64_t g = k / DEPTH, at = k % DEPTH;
       const float x =
           packed ? joined(bytes(left[0]) + g * PACKED.group + i * BYTES, PACKED.piece, at) : left[i][k];
@@ -308,9 +310,10 @@ void multiply_tile(float* c, const float* const* start, const float* const* left
       for (int64_t j = 0; j < used; j += SIDE) {
         float* const own = sums + i * WIDTH + j;
         const auto all = [own] { return bits<Float>(own, SIDE); };
-        if (const Float x = all(); _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q))
+        const Float nothing = all() - all();  // or NaN where it is not finite
+        if (_mm512_cmp_ps_mask((__m512)nothing, (__m512)nothing, _CMP_UNORD_Q))
           for (int64_t n = 0; n < SIDE; ++n)
-            if (j + n < used && own[n] != own[n]) own[n] = sum(i, j + n, k, end);
+            if (j + n < used && own[n] - own[n] != 0) own[n] = sum(i, j + n, k, end);
         const float* const before = k ? c + i * WIDTH : start ? start[i] : nullptr;
         const Float x = before ? all() + bits<Float>(before + j, SIDE) : all();
         if (end == depth)

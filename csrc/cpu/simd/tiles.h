@@ -23,7 +23,8 @@ struct TileKernels {
   // What a thread has to do before and after its products; null: nothing.
   void (*begin)();
   void (*end)();
-  // The left-hand side for one tile, [depth / group, rows, group]: element (k, i) is from[k][first + i].
+  // The left-hand side for one tile, [depth / group, rows, group], of elements of left_bytes: element (k, i)
+  // is from[k][first + i].
   void (*pack_left)(void* to, const T* const* from, int64_t first, int64_t depth, int64_t count);
   // The right-hand side for one tile, width `columns`: element (k, j) is from[k][first + j].
   void (*pack_rows)(void* to, const T* const* from, int64_t first, int64_t depth, int64_t count);

@@ -16,24 +16,19 @@ void multiply(Acc<T>* product, T* kept, const Acc<T>* factor, bool first, int64_
   });
 }
 
-// The others are multiplied out for each factor: dividing the product by it would not do where it is 0. N
-// factors, or `count` where that is 0.
-template <class T, int N>
-Acc<T> backward_of(T* const* dfactors, Acc<T>* const* sums, const T* const* factors, int64_t count,
-                   Acc<T> scale, const T* grad, int64_t n) {
-  if (N) count = N;
+// The others are multiplied out for each factor: dividing the product by it would not do where it is 0.
+template <class T>
+Acc<T> backward(T* const* dfactors, Acc<T>* const* sums, const T* const* factors, int64_t count, Acc<T> scale,
+                const T* grad, int64_t n) {
   Vec<T> sum{};
   sweep<T>(n, [&](int64_t c, auto part) {
     const Vec<T> g = load(grad + c, part);
     Vec<T> all = g;
-#pragma GCC unroll 4
     for (int64_t j = 0; j < count; ++j) all *= load(factors[j] + c, part);
     sum += all;
-#pragma GCC unroll 4
     for (int64_t i = 0; i < count; ++i) {
       if (!dfactors[i]) continue;
       Vec<T> d = g * scale;
-#pragma GCC unroll 4
       for (int64_t j = 0; j < count; ++j)
         if (j != i) d *= load(factors[j] + c, part);
       store(dfactors[i] + c, d, part);
@@ -41,13 +36,6 @@ Acc<T> backward_of(T* const* dfactors, Acc<T>* const* sums, const T* const* fact
     }
   });
   return total(sum);
-}
-
-template <class T>
-Acc<T> backward(T* const* dfactors, Acc<T>* const* sums, const T* const* factors, int64_t count, Acc<T> scale,
-                const T* grad, int64_t n) {
-  const auto of = count == 2 ? backward_of<T, 2> : count == 3 ? backward_of<T, 3> : backward_of<T, 0>;
-  return of(dfactors, sums, factors, count, scale, grad, n);
 }
 
 template <class T>

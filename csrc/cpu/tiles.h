@@ -432,11 +432,11 @@ void product_over_rows(const Blocks<T>& out, const Rows<T>& left, int64_t m, con
   const Buffer<A> c(once ? 0 : tiles * panels, tile);
   const Buffer<T> centred(centring ? most : 0, n);
   const Buffer<char> whole(panels, panel_bytes(most, kernels));
+  const int64_t step = height * kernels.group * kernels.left_bytes / static_cast<int64_t>(sizeof(T));
   size_t first = 0;
   do {
     const int64_t* const k = there.data() + first;
     const int64_t depth = std::min<int64_t>(most_depth, there.size() - first);
-    const int64_t step = height * kernels.group * kernels.left_bytes / static_cast<int64_t>(sizeof(T));
     const bool begins = first == 0, ends = first + depth == there.size();
     Rows<T> a(depth), b(depth);
     for (int64_t i = 0; i < depth; ++i) a[i] = left[k[i]], b[i] = centring ? centred.row(i) : right[k[i]];

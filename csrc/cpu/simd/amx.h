@@ -319,7 +319,7 @@ void multiply_tile(float* c, const float* const* start, const float* const* left
         if (end == depth)
           into(i, j, x);
         else
-          __builtin_memcpy(c + i * WIDTH + j, &x, BYTES);
+          put(c + i * WIDTH + j, x);
       }
   };
   const auto end_of = [depth](int64_t k) { return depth < k ? depth : k; };
@@ -364,22 +364,17 @@ void multiply_tile(float* c, const float* const* start, const float* const* left
   }
 }
 
-// f<32>() or, for `count` rows that are no more, f<16>()
-template <class F>
-void with_side(int64_t count, F f) {
-  count > SIDE ? f.template operator()<2 * SIDE>() : f.template operator()<SIDE>();
-}
-
 template <class T>
 void multiply(float* c, const float* const* start, const T* const* left, int64_t step, int64_t count,
               const void* right, int64_t used, int64_t depth) {
-  with_side(count, [=]<int64_t rows> {
+  const auto of = [=]<int64_t rows> {
     if constexpr (PIECES<T> == 1)
       multiply_tile<rows>(c, start, left, step, bytes(right), used, depth);
     else
       multiply_tile<rows>(c, start, left, step, count, bytes(right), used, depth,
                           [c](int64_t i, int64_t j, const Float& x) { put(c + i * WIDTH + j, x); });
-  });
+  };
+  count > SIDE ? of.template operator()<2 * SIDE>() : of.template operator()<SIDE>();
 }
 
 void multiply_into(float* const* out, float* const* preact, mmfast::Activation activation, float* c,

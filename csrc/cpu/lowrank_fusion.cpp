@@ -156,7 +156,7 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensors& fact
                  const Tensor& rank_weight, const Maybe& present, const Tensor& kept_,
                  const std::vector<bool>& needs) {
   using A = typename wide<T>::type;
-  constexpr int64_t PART = 32;  // rows, summed one after the other: the same bits for any number of threads
+  constexpr int64_t PART = 8;  // rows, summed one after the other: the same bits for any number of threads
   const Problem<T> p(inputs, factors, rank_weight, present);
   const int64_t n = p.count, B = p.rows, R = p.ranks, O = p.width;
   Tensors made;
@@ -170,49 +170,36 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensors& fact
   make(2 * n + 1, {O});
   const Tensor grad = as_contiguous(grad_), tensor = as_contiguous(kept_);
   const Kept<T> kept{data<T>(tensor), B, R, O};
-  const auto needed = [&](int64_t i) { return needs[i] || needs[n + i]; };
+  const T* const g = data<T>(grad);
 
-  // d, and its sums and those of grad over the rows of each part, [n, R, O] and [O], and the ranks' [R]
-  const bool sums_needed = std::find(needs.begin() + n, needs.end(), true) != needs.end();
   const Buffer<T> memory(n * B * R, O);
   const Kept<T> d{memory.data(), B, R, O};
-  const int64_t count = parts(B, PART), size = n * R * O + O;
-  std::vector<A> sums(count * size, 0);
-  std::vector<Wider<A>> rank_sums(count * R, 0);
+  const int64_t count = parts(B, PART);
+  std::vector<A> rank_sums(count * R, 0);
   parallel_rows(count, PART * n * R * O, [&](int64_t begin, int64_t end) {
-    std::vector<const T*> from(n);
     std::vector<T*> to(n);
-    std::vector<A*> total(n);
     for (int64_t part = begin; part < end; ++part)
       for (int64_t b = part * PART; b < std::min((part + 1) * PART, B); ++b) {
-        const T* const g = data<T>(grad) + b * O;
-        A* const own = sums.data() + part * size;
-        for (int64_t r = 0; r < R; ++r) {
-          for (int64_t i = 0; i < n; ++i) {
-            from[i] = kept.at(i, b, r);
-            to[i] = needed(i) && p.x[i][b] ? d.at(i, b, r) : nullptr;
-            total[i] = own + (i * R + r) * O;
-          }
-          rank_sums[part * R + r] +=
-              p.kernels.backward(to.data(), total.data(), from.data(), n, p.weight[r], g, O);
-        }
-        row_kernels<T>().accumulate(own + n * R * O, 1, g, O);
+        for (int64_t i = 0; i < n; ++i)
+          to[i] = (needs[i] || needs[n + i]) && p.x[i][b] ? d.at(i, b, 0) : nullptr;
+        p.kernels.backward(to.data(), rank_sums.data() + part * R, g + b * O, p.weight.data(),
+                           kept.at(0, b, 0), B * R * O, n, R, O);
       }
   });
-  if (sums_needed) {
-    const std::vector<A> sum = sum_of_rows(sums, count, size);
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t r = 0; needs[n + i] && r < R; ++r)  // of the 1
-        row_kernels<T>().narrow(grads[n + i] + (r * (p.depth[i] + 1) + p.depth[i]) * O,
-                                sum.data() + (i * R + r) * O, O);
-    if (needs[2 * n]) {
-      std::vector<Wider<A>> total(R, 0);
-      for (size_t k = 0; k < rank_sums.size(); ++k) total[k % R] += rank_sums[k];
-      const std::vector<A> narrowed(total.begin(), total.end());
-      row_kernels<T>().narrow(grads[2 * n], narrowed.data(), R);
-    }
-    if (needs[2 * n + 1]) row_kernels<T>().narrow(grads[2 * n + 1], sum.data() + n * R * O, O);
+  const auto narrow = [](T* to, const std::vector<Wider<A>>& from) {
+    const std::vector<A> narrowed(from.begin(), from.end());
+    row_kernels<T>().narrow(to, narrowed.data(), narrowed.size());
+  };
+  if (needs[2 * n]) {
+    std::vector<Wider<A>> total(R, 0);
+    for (size_t k = 0; k < rank_sums.size(); ++k) total[k % R] += rank_sums[k];
+    narrow(grads[2 * n], total);
   }
+  const auto bias_grad = [&] {
+    std::vector<Wider<A>> total(O, 0);
+    add_rows(total.data(), row_pointers<T>({g, B, O, O}), 0, O);
+    narrow(grads[2 * n + 1], total);
+  };
 
   const auto rows_of = [&](int64_t i) {  // of d, [R, O] each
     Rows<T> rows(B, nullptr);
@@ -221,21 +208,21 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensors& fact
     return rows;
   };
   const auto input_grad = [&](int64_t i) {
-    Rows<T> rows = rows_of(i);
     const int64_t depth = p.depth[i];
+    Rows<T> rows = rows_of(i);
+    std::vector<Right<T>> right;
+    for (int64_t r = 0; r < R; ++r) right.push_back(Right<T>::of_columns(p.factor_rows(i, r), O));
     std::vector<Term<T>> terms;
-    if (R > 0 && B > tile_kernels<T>().few &&
-        O % TileKernels<T>::MOST_GROUP == 0) {  // one product over all ranks
-      Rows<T> columns;
-      for (int64_t r = 0; r < R; ++r)
-        for (int64_t k = 0; k < depth; ++k) columns.push_back(p.factor_row(i, r, k));
+    if (R > 0 && O % TileKernels<T>::MOST_GROUP == 0 && !right[0].in_place(B, 0)) {
+      Rows<T> columns;  // one product over all ranks, where they are packed anyway
+      for (const auto& of_rank : right)
+        columns.insert(columns.end(), of_rank.rows.begin(), of_rank.rows.end());
       terms.push_back({std::move(rows), {Right<T>::of_runs(std::move(columns), O, R)}, nullptr});
     } else {
-      for (int64_t r = 0; r < R; ++r) {
-        Rows<T> left(rows);
-        for (const T*& row : left)
-          if (row) row += r * O;
-        terms.push_back({std::move(left), {Right<T>::of_columns(p.factor_rows(i, r), O)}, nullptr});
+      for (auto& of_rank : right) {
+        terms.push_back({rows, {std::move(of_rank)}, nullptr});
+        for (const T*& row : rows)
+          if (row) row += O;
       }
     }
     sum_of_products(
@@ -251,8 +238,11 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensors& fact
   };
   const auto factor_grad = [&](int64_t i) {
     const int64_t depth = p.depth[i];
+    std::vector<A> total(R * O);
     product_over_rows({grads[n + i], O, O, (depth + 1) * O}, p.x[i], depth, rows_of(i), R * O,
-                      static_cast<const Centring<T>*>(nullptr));
+                      static_cast<const Centring<T>*>(nullptr), total.data());
+    for (int64_t r = 0; r < R; ++r)  // of the 1
+      row_kernels<T>().narrow(grads[n + i] + (r * (depth + 1) + depth) * O, total.data() + r * O, O);
   };
   std::vector<Job> jobs;
   for (int64_t i = 0; i < n; ++i) {
@@ -260,6 +250,7 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensors& fact
     if (needs[i]) jobs.push_back({cost, [&, i] { input_grad(i); }});
     if (needs[n + i]) jobs.push_back({cost, [&, i] { factor_grad(i); }});
   }
+  if (needs[2 * n + 1]) jobs.push_back({B * O, bias_grad});
   run_jobs(std::move(jobs));
   return made;
 }

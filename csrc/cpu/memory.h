@@ -59,10 +59,16 @@ inline int64_t extent(const Shape& shape, const Shape& strides) {
 
 // Blocks of memory, uninitialised. The system gives a large one page by page as it is first written, which
 // takes longer than to write it, and glibc gives a large one back to the system as soon as it is freed, or a
-// little later. So large blocks lie in pages of 2 MiB, and are handed on from call to call.
+// little later. So large blocks lie in pages of 2 MiB, and are handed on from call to call. Small ones, of
+// which a call wants several, are handed on within a thread.
 class Memory {
  public:
-  static constexpr size_t LARGE = 16 << 20;
+  static constexpr size_t LARGE = 4 << 20;
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr size_t SMALL = 0;  // it sees what is read past the end of a block, not of what was wanted
+#else
+  static constexpr size_t SMALL = 1 << 18;
+#endif
 
   struct Block {
     void* at;
@@ -73,7 +79,7 @@ class Memory {
   static Block take(size_t bytes) {
     constexpr size_t LINE = 64;
     Block block{nullptr, bytes};
-    if (bytes > LARGE && idle().find(block)) return block;
+    if (bytes > LARGE ? idle().find(block) : bytes <= SMALL && near().find(block)) return block;
     // aligned_alloc would want whole lines, and AddressSanitizer would miss what is read past the end.
     const auto allocate = [&] { return posix_memalign(&block.at, LINE, bytes) == 0; };
     if (!allocate() && !(idle().clear(), allocate())) throw std::bad_alloc();
@@ -82,7 +88,9 @@ class Memory {
   }
 
   static void give(Block block) {
-    if (block.bytes <= LARGE || !idle().keep(block)) std::free(block.at);
+    if (!block.at) return;
+    if (block.bytes > LARGE ? idle().keep(block) : block.bytes <= SMALL && near().keep(block)) return;
+    std::free(block.at);
   }
 
  private:
@@ -140,6 +148,36 @@ class Memory {
     std::mutex mutex_;
     std::vector<Block> blocks_;
   };
+
+  // The small blocks that a thread gave last.
+  class Near {
+   public:
+    bool find(Block& block) {
+      for (Block& own : blocks_)
+        if (own.bytes >= block.bytes && own.bytes / 2 <= block.bytes) {
+          block = std::exchange(own, {});
+          return true;
+        }
+      return false;
+    }
+    bool keep(Block block) {
+      std::free(std::exchange(blocks_[next_++ % COUNT], block).at);
+      return true;
+    }
+    ~Near() {
+      for (const Block& block : blocks_) std::free(block.at);
+    }
+
+   private:
+    static constexpr size_t COUNT = 8;
+    Block blocks_[COUNT] = {};
+    size_t next_ = 0;
+  };
+
+  static Near& near() {
+    static thread_local Near blocks;
+    return blocks;
+  }
 
   // Never destroyed: a tensor may outlive whatever is.
   static Idle& idle() {

@@ -407,11 +407,26 @@ struct Blocks {
   }
 };
 
+// sums += the rows' columns first ... first + count, in parts: one chain of float32 over many rows would lose
+// as many eps as there are rows.
+template <class T, class A = typename wide<T>::type>
+void add_rows(Wider<A>* sums, const Rows<T>& rows, int64_t first, int64_t count) {
+  constexpr size_t PART = 32;
+  std::vector<A> part(count);
+  for (size_t begin = 0; begin < rows.size(); begin += PART) {
+    std::fill(part.begin(), part.end(), A(0));
+    for (size_t k = begin; k < std::min(begin + PART, rows.size()); ++k)
+      row_kernels<T>().accumulate(part.data(), 1, rows[k] + first, count);
+    for (int64_t j = 0; j < count; ++j) sums[j] += part[j];
+  }
+}
+
 // out [m, n] = sum over k of left[k][0 .. m).T @ right[k][0 .. n), over the k where both are there, in parts
-// one after the other. `centring`, of right, may be null.
+// one after the other. `centring`, of right, may be null; `total` [n], if it is not, takes the sums of
+// right's rows that are multiplied.
 template <class T>
 void product_over_rows(const Blocks<T>& out, const Rows<T>& left, int64_t m, const Rows<T>& right, int64_t n,
-                       const Centring<T>* centring) {
+                       const Centring<T>* centring, typename wide<T>::type* total = nullptr) {
   using A = typename wide<T>::type;
   // a panel, and a task's tiles, stay in a core's second cache
   constexpr int64_t DEPTH = 1024 / sizeof(T), LARGE_DEPTH = 384, MOST_TILES = 8;
@@ -431,6 +446,7 @@ void product_over_rows(const Blocks<T>& out, const Rows<T>& left, int64_t m, con
   const bool once = static_cast<int64_t>(there.size()) <= most_depth;
   const Buffer<A> c(once ? 0 : tiles * panels, tile);
   const Buffer<T> centred(centring ? most : 0, n);
+  std::vector<Wider<A>> sums(total ? n : 0, 0);
   const Buffer<char> whole(panels, panel_bytes(most, kernels));
   const int64_t step = height * kernels.group * kernels.left_bytes / static_cast<int64_t>(sizeof(T));
   size_t first = 0;
@@ -445,8 +461,11 @@ void product_over_rows(const Blocks<T>& out, const Rows<T>& left, int64_t m, con
         for (int64_t i = from; i < to; ++i) centring->apply(centred.row(i), right[k[i]], k[i], n);
       });
     parallel_rows(panels, depth * width, [&](int64_t from, int64_t to) {
-      for (int64_t p = from; p < to; ++p)
-        kernels.pack_rows(whole.row(p), b.data(), p * width, depth, std::min(width, n - p * width));
+      for (int64_t p = from; p < to; ++p) {
+        const int64_t column = p * width, used = std::min(width, n - column);
+        kernels.pack_rows(whole.row(p), b.data(), column, depth, used);
+        if (total) add_rows(sums.data() + column, b, column, used);
+      }
     });
     take_turns(
         kernels, parts(tiles, of_task), 1, of_task * tile * panels * std::max(depth, MEMORY), [&](auto take) {
@@ -490,6 +509,7 @@ void product_over_rows(const Blocks<T>& out, const Rows<T>& left, int64_t m, con
         });
     first += depth;
   } while (first < there.size());
+  if (total) std::copy(sums.begin(), sums.end(), total);
 }
 
 }  // namespace mmfast

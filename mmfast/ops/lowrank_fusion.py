@@ -86,7 +86,7 @@ class _LowRankFusion(torch.autograd.Function):
         grads = iter(
             _BACKWARD[backend](grad, tensors[:n], tensors[n:], rank_weight, present, products, needs)
         )
-        return None, None, None, *(next(grads) if needed else None for needed in needs)
+        return (None, None, None, *[next(grads) if needed else None for needed in needs])
 
 
 def _check(
@@ -100,27 +100,26 @@ def _check(
     require_dtype("lowrank_fusion", "rank_weight", dtype)
     if rank_weight.dim() != 1:
         raise _wrong("rank_weight", rank_weight.shape, "[R]")
-    for name, tensors in (("inputs", inputs), ("factors", factors)):
-        for i, t in enumerate(tensors):
-            if t.dtype != dtype or t.device != device:
-                raise _wrong(f"{name}[{i}]", f"{t.dtype} on {t.device}", f"rank_weight's {dtype} on {device}")
-    if bias is not None and (bias.dtype != dtype or bias.device != device):
-        raise _wrong("bias", f"{bias.dtype} on {bias.device}", f"rank_weight's {dtype} on {device}")
+    for i, t in enumerate((*inputs, *factors, bias)):
+        if t is not None and (t.dtype != dtype or t.device != device):
+            which, k = divmod(i, len(inputs))
+            name = "bias" if which > 1 else f"{('inputs', 'factors')[which]}[{k}]"
+            raise _wrong(name, f"{t.dtype} on {t.device}", f"rank_weight's {dtype} on {device}")
     if factors[0].dim() != 3:
         raise _wrong("factors[0]", factors[0].shape, "[R, D + 1, O]")
-    ranks, width = rank_weight.shape[0], factors[0].shape[2]
+    (ranks,), (_, _, width) = rank_weight.shape, factors[0].shape
+    rows: Any = "B"
     for i, (x, factor) in enumerate(zip(inputs, factors, strict=True)):
-        if x.dim() != 2 or x.shape[0] != inputs[0].shape[0]:
-            rows = inputs[0].shape[0] if i else "B"
-            raise _wrong(f"inputs[{i}]", x.shape, f"[{rows}, D]")
-        wanted = (ranks, x.shape[1] + 1, width)
+        shape = x.shape
+        if len(shape) != 2 or (i and shape[0] != rows):
+            raise _wrong(f"inputs[{i}]", shape, f"[{rows}, D]")
+        rows, wanted = shape[0], (ranks, shape[1] + 1, width)
         if factor.shape != wanted:
             raise _wrong(f"factors[{i}]", factor.shape, f"{list(wanted)}: ranks, features and 1, outputs")
     if bias is not None and bias.shape != (width,):
         raise _wrong("bias", bias.shape, f"[{width}]")
     if present is not None:
-        shape = (inputs[0].shape[0], len(inputs))
-        require_flags("lowrank_fusion", "present", present, device, shape, ": samples, inputs")
+        require_flags("lowrank_fusion", "present", present, device, (rows, len(inputs)), ": samples, inputs")
 
 
 def _forward_fake(

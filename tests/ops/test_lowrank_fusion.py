@@ -52,9 +52,9 @@ def test_output_and_gradients_are_as_exact_as_promised(name, options):
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
-@pytest.mark.parametrize("rows", [1, 40, 150])
+@pytest.mark.parametrize("rows", [1, 40, 150, 600])
 def test_every_instruction_set_is_as_exact(isa, rows):
-    """Few rows read the factors in place, more pack them; widths that are no multiple of a vector, or of a panel."""
+    """Few rows read the factors in place, more pack them, many are summed in parts; widths that are no multiple of a panel."""
     for width in (37, 64):
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             arguments = example((70, 9), rows, 3, width, present=rows == 40)

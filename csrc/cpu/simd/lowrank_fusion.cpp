@@ -18,24 +18,27 @@ void multiply(Acc<T>* product, T* kept, const Acc<T>* factor, bool first, int64_
 
 // The others are multiplied out for each factor: dividing the product by it would not do where it is 0.
 template <class T>
-Acc<T> backward(T* const* dfactors, Acc<T>* const* sums, const T* const* factors, int64_t count, Acc<T> scale,
-                const T* grad, int64_t n) {
-  Vec<T> sum{};
-  sweep<T>(n, [&](int64_t c, auto part) {
-    const Vec<T> g = load(grad + c, part);
-    Vec<T> all = g;
-    for (int64_t j = 0; j < count; ++j) all *= load(factors[j] + c, part);
-    sum += all;
-    for (int64_t i = 0; i < count; ++i) {
-      if (!dfactors[i]) continue;
-      Vec<T> d = g * scale;
-      for (int64_t j = 0; j < count; ++j)
-        if (j != i) d *= load(factors[j] + c, part);
-      store(dfactors[i] + c, d, part);
-      store(sums[i] + c, load(sums[i] + c, part) + d, part);
-    }
-  });
-  return total(sum);
+void backward(T* const* dfactors, Acc<T>* sums, const T* grad, const Acc<T>* weight, const T* factors,
+              int64_t stride, int64_t count, int64_t ranks, int64_t n) {
+  for (int64_t r = 0; r < ranks; ++r) {
+    Vec<T> sum{};
+    sweep<T>(n, [&](int64_t c, auto part) {
+      const int64_t at = r * n + c;
+      const auto factor = [&](int64_t j) { return load(factors + j * stride + at, part); };
+      const Vec<T> g = load(grad + c, part);
+      Vec<T> all = g;
+      for (int64_t j = 0; j < count; ++j) all *= factor(j);
+      sum += all;
+      for (int64_t i = 0; i < count; ++i) {
+        if (!dfactors[i]) continue;
+        Vec<T> d = g * weight[r];
+        for (int64_t j = 0; j < count; ++j)
+          if (j != i) d *= factor(j);
+        store(dfactors[i] + at, d, part);
+      }
+    });
+    sums[r] += total(sum);
+  }
 }
 
 template <class T>

@@ -10,10 +10,10 @@ template <class T, class A = typename wide<T>::type>
 struct LowrankKernels {
   // product = factor if `first`, else product * factor;  kept = factor, unless null
   void (*multiply)(A* product, T* kept, const A* factor, bool first, int64_t n);
-  // Of the product of `count` factors, with g = scale * grad: dfactors[i] = g * product of the others and
-  // sums[i] += that, for each i that is not null. Returns the sum of grad * product of all.
-  A (*backward)(T* const* dfactors, A* const* sums, const T* const* factors, int64_t count, A scale,
-                const T* grad, int64_t n);
+  // Of `count` factors, each [ranks, n] and `stride` apart: dfactors[i] [ranks, n] = grad [n] * weight[r] *
+  // product of the others, for each i that is not null. sums [ranks] += sum of grad * product of all.
+  void (*backward)(T* const* dfactors, A* sums, const T* grad, const A* weight, const T* factors,
+                   int64_t stride, int64_t count, int64_t ranks, int64_t n);
 };
 
 }  // namespace mmfast

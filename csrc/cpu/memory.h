@@ -64,18 +64,15 @@ inline int64_t extent(const Shape& shape, const Shape& strides) {
 class Memory {
  public:
   static constexpr size_t LARGE = 4 << 20;
-#ifdef __SANITIZE_ADDRESS__
-  static constexpr size_t SMALL = 0;  // it sees what is read past the end of a block, not of what was wanted
-#else
   static constexpr size_t SMALL = 1 << 18;
-#endif
 
   struct Block {
     void* at;
     size_t bytes;
   };
 
-  // Of at least so many bytes; a block that was handed on may have a quarter more.
+  // Of at least so many bytes; a block that was handed on may have a quarter more, a small one
+  // twice as many.
   static Block take(size_t bytes) {
     constexpr size_t LINE = 64;
     Block block{nullptr, bytes};
@@ -117,7 +114,10 @@ class Memory {
       const std::unique_lock lock(mutex_, std::try_to_lock);
       if (!lock || block.bytes > most_) return false;
       free_down_to(most_ - block.bytes);
-      if (blocks_.size() == blocks_.capacity()) return false;
+      if (blocks_.size() == blocks_.capacity()) {
+        std::free(blocks_.front().at);
+        blocks_.erase(blocks_.begin());
+      }
       blocks_.push_back(block);
       return true;
     }
@@ -125,6 +125,7 @@ class Memory {
       const std::unique_lock lock(mutex_, std::try_to_lock);
       if (lock) free_down_to(0);
     }
+    bool wanted() const { return most_ > 0; }
 
    private:
     void free_down_to(size_t most) {
@@ -161,7 +162,10 @@ class Memory {
       return false;
     }
     bool keep(Block block) {
-      std::free(std::exchange(blocks_[next_++ % COUNT], block).at);
+      if (!idle().wanted()) return false;
+      Block* place = std::find_if(blocks_, blocks_ + COUNT, [](const Block& own) { return !own.at; });
+      if (place == blocks_ + COUNT) place = &blocks_[next_++ % COUNT];
+      std::free(std::exchange(*place, block).at);
       return true;
     }
     ~Near() {

@@ -446,7 +446,7 @@ void product_over_rows(const Blocks<T>& out, const Rows<T>& left, int64_t m, con
   const bool once = static_cast<int64_t>(there.size()) <= most_depth;
   const Buffer<A> c(once ? 0 : tiles * panels, tile);
   const Buffer<T> centred(centring ? most : 0, n);
-  std::vector<Wider<A>> sums(total ? n : 0, 0);
+  std::vector<Wider<A>> totals(total ? n : 0, 0);
   const Buffer<char> whole(panels, panel_bytes(most, kernels));
   const int64_t step = height * kernels.group * kernels.left_bytes / static_cast<int64_t>(sizeof(T));
   size_t first = 0;
@@ -464,7 +464,7 @@ void product_over_rows(const Blocks<T>& out, const Rows<T>& left, int64_t m, con
       for (int64_t p = from; p < to; ++p) {
         const int64_t column = p * width, used = std::min(width, n - column);
         kernels.pack_rows(whole.row(p), b.data(), column, depth, used);
-        if (total) add_rows(sums.data() + column, b, column, used);
+        if (total) add_rows(totals.data() + column, b, column, used);
       }
     });
     take_turns(
@@ -509,7 +509,7 @@ void product_over_rows(const Blocks<T>& out, const Rows<T>& left, int64_t m, con
         });
     first += depth;
   } while (first < there.size());
-  if (total) std::copy(sums.begin(), sums.end(), total);
+  if (total) std::copy(totals.begin(), totals.end(), total);
 }
 
 }  // namespace mmfast

@@ -21,6 +21,7 @@ template <class T>
 void backward(T* const* dfactors, Acc<T>* sums, const T* grad, const Acc<T>* weight, const T* factors,
               int64_t stride, int64_t count, int64_t ranks, int64_t n) {
   for (int64_t r = 0; r < ranks; ++r) {
+    const Acc<T> scale = weight[r];
     Vec<T> sum{};
     sweep<T>(n, [&](int64_t c, auto part) {
       const int64_t at = r * n + c;
@@ -31,7 +32,7 @@ void backward(T* const* dfactors, Acc<T>* sums, const T* grad, const Acc<T>* wei
       sum += all;
       for (int64_t i = 0; i < count; ++i) {
         if (!dfactors[i]) continue;
-        Vec<T> d = g * weight[r];
+        Vec<T> d = g * scale;
         for (int64_t j = 0; j < count; ++j)
           if (j != i) d *= factor(j);
         store(dfactors[i] + at, d, part);

@@ -77,7 +77,7 @@ Tensors forward(const Tensors& inputs, const Tensors& factors, const Tensor& ran
   const int64_t n = p.count, B = p.rows, R = p.ranks, O = p.width;
   std::vector<const TileKernels<T>*> tile;  // [n]
   for (int64_t i = 0; i < n; ++i) tile.push_back(&tile_kernels<T>(B, p.depth[i], O));
-  const bool large = std::any_of(tile.begin(), tile.end(), [](auto* k) { return k != &tile_kernels<T>(); });
+  const bool large = std::any_of(tile.begin(), tile.end(), [](auto* k) { return are_large(*k); });
   const TileKernels<T>& most = large ? *tile_kernels<T>().large : tile_kernels<T>();
   const int64_t width = most.columns, height = most.rows;
   Tensors made{empty({B, O}, scalar_type<T>)};
@@ -172,6 +172,7 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensors& fact
   const Kept<T> kept{data<T>(tensor), B, R, O};
   const T* const g = data<T>(grad);
 
+  // d where it is needed, and the ranks' sums over the rows of each part
   const Buffer<T> memory(n * B * R, O);
   const Kept<T> d{memory.data(), B, R, O};
   const int64_t count = parts(B, PART);

@@ -26,6 +26,11 @@ const TileKernels<T>& tile_kernels(int64_t rows, int64_t depth, int64_t columns)
   return usual.large && rows >= ROWS && depth >= DEPTH && columns >= COLUMNS ? *usual.large : usual;
 }
 
+template <class T>
+bool are_large(const TileKernels<T>& kernels) {
+  return &kernels != &tile_kernels<T>();
+}
+
 // A thread that makes products: some instruction sets want to be told.
 template <class T>
 struct Multiplying {
@@ -320,7 +325,7 @@ void sum_of_products(int64_t rows, int64_t columns, int64_t sums, std::vector<Te
   const Order order(rows, terms, height);
   const int64_t panels = parts(columns, width), blocks = parts(order.tiles.size(), TILES);
   // Panels of a task: those after the first find its rows near. Large products pack more bytes of each.
-  const int64_t most = rows <= 512 ? 1 : &kernels == &tile_kernels<T>() ? 6 : 4;
+  const int64_t most = rows <= 512 ? 1 : are_large(kernels) ? 4 : 6;
   const int64_t across = parts(panels, most), group = parts(panels, across);
   // A line for each thread: panels of its own, or else rows.
   const int64_t down = std::min(parts(torch::stable::get_num_threads(), across), blocks);
@@ -439,7 +444,7 @@ void product_over_rows(const Blocks<T>& out, const Rows<T>& left, int64_t m, con
   const int64_t height = kernels.rows, width = kernels.columns, tile = height * width;
   const int64_t tiles = parts(m, height), panels = parts(n, width);
 
-  const bool large = &kernels != &tile_kernels<T>();
+  const bool large = are_large(kernels);
   const int64_t most_depth = large ? LARGE_DEPTH : DEPTH;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t of_task = large ? std::clamp<int64_t>(tiles / (2 * threads), 1, MOST_TILES) : MOST_TILES;

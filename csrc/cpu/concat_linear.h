@@ -67,9 +67,9 @@ struct Problem {
       Source<T> s = source<T>(held.back(), column, lead);
       column += s.depth;
       if (present) {
-        s.present.resize(batch);
-        for (int64_t b = 0; b < batch; ++b) s.present[b] = there(b, i);
-        if (s.always()) s.present.clear();
+        std::vector<char> flags(batch);
+        for (int64_t b = 0; b < batch; ++b) flags[b] = there(b, i);
+        s.set_present(std::move(flags));
       }
       sources.push_back(std::move(s));
     }

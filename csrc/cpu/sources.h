@@ -8,21 +8,27 @@ namespace mmfast {
 template <class T>
 struct Source {
   const T* data;
-  int64_t depth, column;        // D_i and the first of its columns in the weight
-  Shape sizes, strides;         // its own leading dimensions, 1 where it is broadcast
-  int64_t rows;                 // of its own
-  bool full;                    // a row of its own for each of the output's
-  std::vector<char> present;    // [B]; empty: everywhere
+  int64_t depth, column;      // D_i and the first of its columns in the weight
+  Shape sizes, strides;       // its own leading dimensions, 1 where it is broadcast
+  int64_t rows;               // of its own
+  bool full;                  // a row of its own for each of the output's
+  std::vector<char> present;  // [B]; empty: everywhere
+  bool anywhere = true;
   std::vector<int64_t> row_of;  // own row of each output row; empty when full
 
   int64_t row(int64_t r) const { return full ? r : row_of[r]; }
-  bool in_batch(int64_t b) const { return present.empty() || present[b]; }
-  bool always() const { return std::find(present.begin(), present.end(), 0) == present.end(); }
+  bool in_batch(int64_t b) const { return always() || present[b]; }
+  bool always() const { return present.empty(); }
+  void set_present(std::vector<char> flags) {
+    const auto have = std::count(flags.begin(), flags.end(), 1);
+    anywhere = have > 0;
+    if (have < static_cast<int64_t>(flags.size())) present = std::move(flags);
+  }
   // Does its presence differ between output rows that read the same row of its own?
   bool shared() const { return !always() && sizes[0] != static_cast<int64_t>(present.size()); }
   bool visible(int64_t own_row) const {
-    if (present.empty()) return true;
-    if (shared()) return std::find(present.begin(), present.end(), 1) != present.end();
+    if (always()) return true;
+    if (shared()) return anywhere;
     return rows == 0 || present[own_row / (rows / sizes[0])];
   }
 };

@@ -55,6 +55,7 @@ def test_a_norm_of_one_feature_has_no_gradient(isa, dtype):
     assert not arguments["inputs"][0].grad.any()
 
 
+@pytest.mark.alone
 def test_samples_that_lack_a_source_take_no_longer_at_the_end():
     """Rows are sorted by length where batches are made of like lengths: whoever is absent stands last."""
     inputs, weight = [torch.randn(40000, 8), torch.randn(40000, 8)], torch.randn(8, 16)

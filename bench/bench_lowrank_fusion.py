@@ -1,4 +1,4 @@
-"""``lowrank_fusion`` against the published way, and against one product for each modality.
+"""``lowrank_fusion`` against the published way, the same compiled, and one product for each modality.
 
 Published: for each modality a column of ones appended, ``matmul`` of ``[B, D + 1]`` with ``[R, D + 1, O]``,
 the product over the modalities, ``permute``, and a ``matmul`` with the rank weights (Liu et al. 2018, their
@@ -112,6 +112,7 @@ def _variants(device: str) -> dict[str, Call]:
 
     return with_backends("lowrank_fusion", device, ours) | {
         "published": published,
+        "compiled": torch.compile(published, dynamic=False),
         "gemm": gemm,
     }
 

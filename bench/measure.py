@@ -130,7 +130,8 @@ def measure(
 
     Each round takes one sample of every variant, in a random order, on the same inputs; their number stays
     within ``rounds``, by default the work's own. Raises ``WrongOutputError`` before any time is taken; unless
-    ``strict``, a variant after the first that is wrong or raises is left out and stands in ``failed``.
+    ``strict``, a variant after the first that is wrong or raises is left out and stands in ``failed``; so
+    does, with its times, one that fails when it is weighed.
     """
     variants, failed = dict(work.variants), dict[str, str]()
     ours = next(iter(variants))
@@ -162,7 +163,14 @@ def measure(
     for number in range(count):
         for variant in shuffle.sample(list(taken), len(taken)):
             taken[variant].append(float(f"{sample(variant, number, calls):.5g}"))
-    peaks = {v: work.weigh(v) for v in variants} if work.weigh else {}
+    peaks = dict[str, int]()
+    for variant in variants if work.weigh else ():
+        try:
+            peaks[variant] = work.weigh(variant)
+        except RuntimeError as error:  # what needs more memory than there is still has its times
+            if strict or variant == ours:
+                raise
+            failed[variant] = str(error)
     return Result(
         work.name,
         _name(work.dtype),
@@ -286,7 +294,8 @@ def peak_bytes(build: Callable[..., Callable[[], object]], *args: Any, device: s
     code = f"from {__name__} import _weigh_ordered; _weigh_ordered({order!r})"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{build.__qualname__}{args} failed in a fresh process:\n{done.stderr[-2000:]}")
+        how = f"failed in a fresh process (exit status {done.returncode})"
+        raise RuntimeError(f"{build.__qualname__}{args} {how}:\n{done.stderr[-2000:]}")
     return int(done.stdout.split()[-1])
 
 

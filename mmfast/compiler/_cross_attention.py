@@ -62,19 +62,22 @@ class Streams:
 def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
     """The match of an attention that ends at ``node``, or why there is none; None for other nodes."""
     found = _sdpa(node) if name(node) == "scaled_dot_product_attention" else _written_out(node)
-    if found is None or any(
-        value(t) is None or len(shape(t)) != 4 for t in (found.query, found.key, found.value)
-    ):
+    if found is None or any(value(t) is None for t in (found.query, found.key, found.value)):
         return None
-    key, values = streams(found.key, 2), streams(found.value, 2)
+    dims = {len(shape(t)) for t in (found.query, found.key, found.value)}
+    if dims not in ({3}, {4}):
+        return None
+    one_head = dims == {3}  # [B, L, D]
+    along_keys = 1 if one_head else 2
+    key, values = streams(found.key, along_keys), streams(found.value, along_keys)
     ordinary = key.cat is None and values.cat is None and found.mask is None
     why = found.why
-    if found.causal and not (ordinary and same(shape(found.query)[2], shape(found.key)[2])):
+    if found.causal and not (ordinary and same(shape(found.query)[-2], shape(found.key)[-2])):
         why = "it is causal over more or fewer keys than queries, or over a concatenation"
     if not why and any(user not in found.passed for seen in found.watched for user in seen.users):
         why = "the attention weights are used elsewhere"
     if key.groups != values.groups or not same(key.sizes, values.sizes):
-        key, values = (Streams([t], [shape(t)[2]], []) for t in (found.key, found.value))
+        key, values = (Streams([t], [shape(t)[-2]], []) for t in (found.key, found.value))
         why = why or ("keys and values are not concatenated alike" if found.mask is None else "")
     masks, hindrance = _masks(found, key)
     why = why or hindrance
@@ -82,15 +85,21 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
         return Left("cross_attention", node, why)
 
     options = {"masks": masks, "scale": found.scale, "causal": found.causal or None}
-    pairs = list(zip(key.pieces, values.pieces, strict=True))
-    call = Make(cross_attention, (found.query, pairs), {k: v for k, v in options.items() if v is not None})
-    if _lies_by_rows(node):
+    query: Any = found.query
+    if one_head:
+        query, *heads = (Make(torch.unsqueeze, (t, 1)) for t in (query, *key.pieces, *values.pieces))
+        pairs = list(zip(heads[: len(key.pieces)], heads[len(key.pieces) :], strict=True))
+    else:
+        pairs = list(zip(key.pieces, values.pieces, strict=True))
+    call = Make(cross_attention, (query, pairs), {k: v for k, v in options.items() if v is not None})
+    if one_head:
+        call = Make(torch.squeeze, (call, 1))
+    elif _lies_by_rows(node):
         call = Make(torch.transpose, (call, 1, 2))
         call = Make(torch.transpose, (Make(torch.Tensor.contiguous, (call,)), 1, 2))
     if name(node) == "matmul" and storages([node]) & body.given_back:
         call = Make(torch.clone, (call,))  # whoever gets it may edit a product, but not what the op keeps
-    batch, heads, queries, depth = map(hint, shape(found.query))
-    keys = hint(shape(found.key)[2])
+    *lead, depth = map(hint, shape(found.query))
     match = Match(
         op="cross_attention",
         node=node,
@@ -99,7 +108,7 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
         fused=frozenset((*found.passed, *key.passed, *values.passed)),
         spared=spared(key, values, masks),
         dtype=node.meta["example_value"].dtype,
-        flops=2.0 * batch * heads * queries * keys * (depth + hint(shape(found.value)[3])),
+        flops=2.0 * math.prod(lead) * hint(shape(found.key)[-2]) * (depth + hint(shape(found.value)[-1])),
         saved=0.0,
         what=key.in_words(masks is not None),
         ordinary=ordinary,
@@ -141,7 +150,7 @@ def _written_out(node: Node) -> Attention | None:
         weights = step(weights)
     if name(weights) != "softmax":
         return None
-    if argument(weights, 1, "dim") not in (-1, 3):
+    if argument(weights, 1, "dim") not in (-1, len(shape(weights)) - 1):
         found.why = "its softmax is not over the keys"
     made, logits = value(weights), step(weights)
     if (known := value(logits)) is None or made is None or made.dtype.itemsize < known.dtype.itemsize:
@@ -181,7 +190,10 @@ def _written_out(node: Node) -> Attention | None:
 
 
 def streams(node: Node, dim: int) -> Streams:
-    """``node``, of which ``dim`` counts the keys, as the pieces that were put together along it."""
+    """``node``, of which ``dim`` counts the keys, as the pieces that were put together along it.
+
+    Where heads come before the keys, ``dim`` is 2.
+    """
     inner, factor = _repeated(node) if dim == 2 else (node, 1)
     found = _pieces(inner, dim)
     passed = [node] if inner is not node else []
@@ -285,15 +297,16 @@ def _masks(found: Attention, key: Streams) -> tuple[list[Any] | None, str]:
         hidden ^= name(mask) == "invert"
         found.passed.append(mask)
         mask = argument(mask, 0, "input", "self")
-    batch, keys = shape(found.query)[0], shape(found.key)[2]
-    if len(shape(mask)) != 4 or not same(shape(mask)[1], 1) or not same(shape(mask)[2], 1):
+    batch, keys = shape(found.query)[0], shape(found.key)[-2]
+    between = len(shape(found.query)) - 2  # dimensions of heads and queries
+    if len(shape(mask)) != between + 2 or not all(same(size, 1) for size in shape(mask)[1:-1]):
         return None, "the mask differs from query to query, or from head to head"
-    if not same((shape(mask)[0], shape(mask)[3]), (batch, keys)):
+    if not same((shape(mask)[0], shape(mask)[-1]), (batch, keys)):
         return None, "the mask is not one of each sample and key"
-    seen = Make(operator.getitem, (mask, (slice(None), 0, 0)))  # [B, S]
+    seen = Make(operator.getitem, (mask, (slice(None), *[0] * between)))  # [B, S]
     if hidden:
         seen = Make(torch.logical_not, (seen,))
-    return split_mask(seen, key.pieces, 2), ""
+    return split_mask(seen, key.pieces, between), ""
 
 
 def spared(key: Streams, values: Streams, masks: list[Any] | None) -> dict[Node, str]:

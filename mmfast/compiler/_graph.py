@@ -36,7 +36,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "layer_norm": (F.layer_norm, torch.layer_norm),
     "linear": (F.linear,),
     "masked_fill": (torch.masked_fill,),
-    "matmul": (operator.matmul, torch.matmul, torch.mm),
+    "matmul": (operator.matmul, torch.matmul, torch.mm, torch.bmm),
     "mul": (operator.mul, torch.mul, torch.multiply),
     "multi_head_attention_forward": (F.multi_head_attention_forward,),
     "permute": (torch.permute,),
@@ -58,7 +58,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
 }
 NAMES = {function: name for name, functions in FUNCTIONS.items() for function in functions}
 METHODS = {name: name for name in FUNCTIONS} | {
-    "broadcast_to": "expand", "divide": "div", "float": "to", "logical_not": "invert",
+    "bmm": "matmul", "broadcast_to": "expand", "divide": "div", "float": "to", "logical_not": "invert",
     "long": "to", "mm": "matmul", "multiply": "mul", "reshape": "view", "swapaxes": "transpose",
     "t": "transpose", "true_divide": "div",
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """What the measuring core promises: fair rounds, no figure for a wrong output, honest statistics and memory."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,6 +54,20 @@ def test_unless_it_is_strict_what_fails_is_left_out_and_named():
     assert result.failed["broken"] == "RuntimeError: no room"
     with pytest.raises(WrongOutputError):  # without ours there is nothing to compare
         measure(work(ours=lambda x: x + 1, peer=torch.exp), seconds=0.0, strict=False)
+
+
+def test_what_cannot_be_weighed_keeps_its_times():
+    def weigh(variant):
+        if variant == "peer":
+            raise RuntimeError("killed")
+        return 64
+
+    weighed = replace(work(ours=torch.exp, peer=torch.exp), weigh=weigh)
+    result = measure(weighed, seconds=0.0, rounds=(5, 5), strict=False)
+    assert list(result.seconds) == ["ours", "peer"]
+    assert (result.peak_bytes, result.failed) == ({"ours": 64}, {"peer": "killed"})
+    with pytest.raises(RuntimeError, match="killed"):
+        quick(weighed)
 
 
 def test_our_other_backends_get_no_more_slack_than_we_do():

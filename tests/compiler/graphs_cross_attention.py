@@ -10,6 +10,7 @@ B, H, L, D = 2, 4, 3, 8
 QUERY, FIRST, SECOND = (B, H, L, D), (B, H, 5, D), (B, H, 7, D)
 STREAMS = {"q": QUERY, "k1": FIRST, "v1": FIRST, "k2": SECOND, "v2": SECOND}
 MASKS = {"m1": ("bool", B, 5), "m2": ("bool", B, 7)}
+ONE_HEAD = {name: (shape[0], *shape[2:]) for name, shape in STREAMS.items()}
 GROUPED = {"q": QUERY, **{name: (B, 2, s, D) for name, s in (("k1", 5), ("v1", 5), ("k2", 7), ("v2", 7))}}
 
 
@@ -103,6 +104,34 @@ def keys_expanded_for_grouped_heads(q, k1, v1, k2, v2):
 @case({"q": QUERY, "k": SECOND, "v": SECOND, "mask": ("bool", B, 7)}, "cross_attention")
 def one_stream_under_a_mask(q, k, v, mask):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+
+
+@case(ONE_HEAD | MASKS, "cross_attention")
+def one_head(q, k1, v1, k2, v2, m1, m2):
+    mask = torch.cat([m1, m2], 1)[:, None]
+    return F.scaled_dot_product_attention(q, torch.cat([k1, k2], 1), torch.cat([v1, v2], -2), attn_mask=mask)
+
+
+@case(ONE_HEAD | MASKS, "cross_attention")
+def one_head_written_out(q, k1, v1, k2, v2, m1, m2):
+    logits = torch.bmm(q, torch.cat([k1, k2], 1).transpose(1, 2)) / D**0.5
+    logits = logits.masked_fill(torch.cat([m1, m2], 1).logical_not().unsqueeze(1), -torch.inf)
+    return logits.softmax(2).bmm(torch.cat([v1, v2], 1))
+
+
+@case({"q": (B, L, D), "k": (B, 7, D), "v": (B, 7, D)}, "cross_attention")
+def one_head_over_one_stream(q, k, v):
+    return q + (q @ k.mT).softmax(-1) @ v
+
+
+@case(ONE_HEAD | {"mask": ("bool", B, L, 12)}, leaves=("differs from query to query",))
+def one_head_and_a_mask_for_each_query(q, k1, v1, k2, v2, mask):
+    return F.scaled_dot_product_attention(q, torch.cat([k1, k2], 1), torch.cat([v1, v2], 1), attn_mask=mask)
+
+
+@case({"q": (B, L, D), "k": (B, 7, D), "v": (B, 7, D)}, leaves=("softmax is not over the keys",))
+def one_head_with_a_softmax_over_the_queries(q, k, v):
+    return (q @ k.mT).softmax(1) @ v
 
 
 @case(STREAMS, leaves=("causal",))

@@ -178,7 +178,9 @@ def failing():
 
 
 def test_a_failure_in_the_fresh_process_is_told():
-    with pytest.raises(RuntimeError, match=r"failing\(\) failed in a fresh process:[\s\S]*no such data"):
+    with pytest.raises(
+        RuntimeError, match=r"failing\(\) failed in a fresh process \(exit status 1\):[\s\S]*no such"
+    ):
         core.peak_bytes(failing)
 
 

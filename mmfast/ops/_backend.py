@@ -29,6 +29,8 @@ Answer = TypeVar("Answer")
 LIB = torch.library.Library("mmfast", "FRAGMENT")  # module level: dropping it drops the ops
 TABLE: dict[str, dict[str, dict[str, Any]]] = json.loads(Path(__file__).with_name("table.json").read_text())
 
+PLAIN = _native.cpu and _native.isa() == "plain"  # without vector instructions
+
 _forced: str | None = None
 _launches: Counter[str] = Counter()
 
@@ -168,8 +170,12 @@ def available(op: str, device_type: str) -> dict[str, str]:
 
 
 def measured(op: str, device: torch.device) -> dict[str, Any]:
-    """What the committed table holds for ``op`` on ``device``; empty where nobody has measured it."""
-    if device.type not in ("cpu", "cuda"):
+    """What the committed table holds for ``op`` on ``device``; empty where nobody has measured it.
+
+    Nobody has measured the CPU kernels without vector instructions, which is what processors other than x86
+    get.
+    """
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and PLAIN):
         return {}
     key = "cpu" if device.type == "cpu" else name_of(device)
     return TABLE.get(op, {}).get(key, {})

@@ -164,13 +164,14 @@ def measure(
         for variant in shuffle.sample(list(taken), len(taken)):
             taken[variant].append(float(f"{sample(variant, number, calls):.5g}"))
     peaks = dict[str, int]()
-    for variant in variants if work.weigh else ():
-        try:
-            peaks[variant] = work.weigh(variant)
-        except RuntimeError as error:  # what needs more memory than there is still has its times
-            if strict or variant == ours:
-                raise
-            failed[variant] = str(error)
+    if work.weigh:
+        for variant in variants:
+            try:
+                peaks[variant] = work.weigh(variant)
+            except RuntimeError as error:  # what needs more memory than there is still has its times
+                if strict or variant == ours:
+                    raise
+                failed[variant] = str(error)
     return Result(
         work.name,
         _name(work.dtype),

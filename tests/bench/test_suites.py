@@ -25,6 +25,7 @@ from mmfast.bench import (
     bench_weighted_fusion,
     tune,
 )
+from mmfast.bench import bench_compiler_thresholds as thresholds
 from mmfast.bench.measure import measure
 from mmfast.bench.report import Record
 from mmfast.compiler import rewrite
@@ -157,6 +158,27 @@ def test_every_variant_computes_what_it_is_measured_for(tiny, suite, at):
         suite is FEWER and peers == [p for p in PEERS[suite] if p in peers] != []
     )
     assert set(work.required) <= set(peers)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "graph",
+    [
+        thresholds._dense_layer(6, 4, 3),
+        thresholds._broadcast_source(2, 3, 4),
+        thresholds._two_streams(2, 2, 3, 4, 8),
+        thresholds._one_stream(2, 8, 2, 3, 5),
+        thresholds._written_out(2, 8, 3, 5),
+        thresholds._pairs_loss(5, 8),
+    ],
+    ids=lambda graph: graph.name,
+)
+def test_every_graph_that_finds_a_threshold_is_replaced(monkeypatch, graph, dtype):
+    monkeypatch.setattr(thresholds, "graphs", lambda: [graph])
+    monkeypatch.setattr(thresholds, "mmfast", torch._dynamo.lookup_backend("aot_eager"))
+    (work,) = [work for work in thresholds.works("cpu") if str(work).endswith(dtype)]
+    assert work.name.endswith("left by the table") != bool(work.required)
+    measure(replace(work, variants={"mmfast": work.variants["mmfast"]}), seconds=0, rounds=(1, 1))
 
 
 @pytest.mark.parametrize(

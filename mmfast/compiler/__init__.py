@@ -4,6 +4,7 @@ A graph as Dynamo captured it is searched before AOTAutograd and Inductor see it
 of a public op, so that gradients, autocast and dynamic shapes are the op's own; Inductor compiles the rest.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from mmfast.compiler import (
 from mmfast.compiler._graph import Body, Make, inner_graphs, storages, where, write
 from mmfast.compiler._match import Left, Match
 
+log = logging.getLogger(__name__)
 PATTERNS = (_concat_linear, _contrastive_loss, _cross_attention, _multihead_attention)
 
 
@@ -43,11 +45,11 @@ def mmfast(
     mode: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """The backend: ``rewrite``, then Inductor with ``torch.compile``'s ``mode`` and ``options``."""
+    """The backend: ``rewrite_or_leave``, then Inductor with ``torch.compile``'s ``mode`` and ``options``."""
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    rewrite(module)
+    rewrite_or_leave(module)
     patches = (list_mode_options(mode) if mode else {}) | {
         key.replace("-", "_"): v for key, v in (options or {}).items()
     }
@@ -65,20 +67,70 @@ def rewrite(module: GraphModule, *, only_faster: bool = True) -> list[Finding]:
     Returns:
         What was found.
     """
-    return _rewrite(Body(module.graph), only_faster)
+    plans = _plan(Body(module.graph), only_faster, set())
+    # An error ends this before anything is changed: all calls are written before the first one is used.
+    written: list[dict[Node, Node]] = []
+    try:
+        for plan in plans:
+            written.append({})
+            _write(plan, written[-1])
+    except Exception:
+        for plan in plans:
+            for node in reversed(plan.body.graph.nodes):
+                if node not in plan.body.order:
+                    plan.body.graph.erase_node(node)
+        raise
+    findings = [
+        Finding(
+            one.op, where(one.node), isinstance(one, Match), one.what if isinstance(one, Match) else one.why
+        )
+        for plan in plans
+        for one in plan.found
+    ]
+    for plan, instead in zip(plans, written, strict=True):
+        _replace(plan, instead)
+    return findings
 
 
-def _rewrite(body: Body, only_faster: bool) -> list[Finding]:
-    graph, claimed = body.graph, set[Node]()
+def rewrite_or_leave(module: GraphModule) -> list[Finding]:
+    """``rewrite``, or nothing and a warning: what only makes a model faster must not end its compilation."""
+    try:
+        return rewrite(module)
+    except Exception as error:
+        name = type(error).__name__
+        log.warning(
+            "a graph is compiled without mmfast, whose search ended with %s: %s", name, error, exc_info=True
+        )
+        return []
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was found in a graph."""
+
+    body: Body
+    found: list[Match | Left]
+
+    @property
+    def matches(self) -> list[Match]:
+        """What is to be replaced, in the order of the graph."""
+        matches = [match for match in self.found if isinstance(match, Match)]
+        return sorted(matches, key=lambda match: self.body.order[match.last])
+
+
+def _plan(body: Body, only_faster: bool, seen: set[Graph]) -> list[Plan]:
+    """Plans for the graphs inside ``body``, then for itself; none for those that were ``seen``."""
+    plans, claimed = list[Plan](), set[Node]()
     found: list[Match | Left] = []
-    findings: list[Finding] = []
-    for node in graph.nodes:
+    for node in body.graph.nodes:
         if node.target is tag_activation_checkpoint:
             if any(body.edited_after(read, node, None, ()) for read in node.all_input_nodes):
                 found.append(Left("checkpoint", node, "what the region reads is edited in place afterwards"))
             else:
                 for inner in inner_graphs(node):
-                    findings += _rewrite(Body(inner, body, node), only_faster)
+                    if inner not in seen:
+                        seen.add(inner)
+                        plans += _plan(Body(inner, body, node), only_faster, seen)
         for pattern in PATTERNS:
             result = _find(pattern, body, node, claimed)
             if isinstance(result, Match):
@@ -89,34 +141,35 @@ def _rewrite(body: Body, only_faster: bool) -> list[Finding]:
                     claimed |= result.fused
             if result is not None:
                 found.append(result)
-    found = _spare(graph, found)
-    matches = [match for match in found if isinstance(match, Match)]
-    instead: dict[Node, Node] = {}
+    return [*plans, Plan(body, _spare(body.graph, found))]
+
+
+def _write(plan: Plan, instead: dict[Node, Node]) -> None:
+    """Writes a call for each match, and into ``instead`` what it stands for."""
     given_back = set[str]()
-    for match in sorted(matches, key=lambda match: body.order[match.last]):
+    for match in plan.matches:
         call = match.call
-        if storages([match.last]) & body.given_back:
+        if storages([match.last]) & plan.body.given_back:
             # AOTAutograd makes one call of two alike, and then one tensor of two outputs
             if match.op in given_back and call.function is not torch.clone:
                 call = Make(torch.clone, (call,))
             given_back.add(match.op)
-        new = write(graph, call, match.last, instead)
+        new = write(plan.body.graph, call, match.last, instead)
         new.meta = match.last.meta.copy()
-        match.last.replace_all_uses_with(new)
         instead[match.last] = new
+
+
+def _replace(plan: Plan, instead: dict[Node, Node]) -> None:
+    graph, order = plan.body.graph, plan.body.order
+    for node, new in instead.items():
+        node.replace_all_uses_with(new)
     for node in sorted(
-        {n for match in matches for n in match.fused}, key=body.order.__getitem__, reverse=True
+        {n for match in plan.matches for n in match.fused}, key=order.__getitem__, reverse=True
     ):
         if not node.users:
             graph.erase_node(node)
-    if matches and isinstance(graph.owning_module, GraphModule):
+    if instead and isinstance(graph.owning_module, GraphModule):
         graph.owning_module.recompile()
-    return findings + [
-        Finding(
-            one.op, where(one.node), isinstance(one, Match), one.what if isinstance(one, Match) else one.why
-        )
-        for one in found
-    ]
 
 
 def _find(pattern: Any, body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:

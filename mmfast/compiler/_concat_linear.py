@@ -51,15 +51,16 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
         return None
     x, weight, bias, passed = layer
 
-    norm = None
-    while off(x) or (norm is None and _norm(x)):
+    norm, drops = None, False
+    while name(x) == "dropout" or (norm is None and _norm(x)):
         norm = x if _norm(x) else norm
+        drops |= name(x) == "dropout" and not off(x)
         passed = [*passed, x]
         x = argument(x, 0, "input")
-    if name(x) == "dropout" and is_cat(argument(x, 0, "input")):
-        return Left("concat_linear", node, "there is dropout in between")
     if not is_cat(x):
         return None
+    if drops:
+        return Left("concat_linear", node, "there is dropout in between")
     dim, wide = along(x), shape(x)
     if dim != len(wide) - 1:
         return Left(

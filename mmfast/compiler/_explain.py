@@ -1,22 +1,25 @@
 """``mmfast.explain``: what the compiler finds in a model, and what that changes."""
 
+import contextlib
 import copy
 import functools
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from mmfast.compiler import Finding, mmfast, rewrite
+from mmfast.compiler import Finding, mmfast, rewrite_or_leave
 
 SECONDS = 2.0  # that both together are run for
 ROUNDS = (5, 50)
+ALONE = "inductor"  # what mmfast is compared with
+LINE = 64  # bytes: what is copied keeps its alignment
 ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 
 
@@ -49,8 +52,12 @@ def explain(model: Callable[..., Any], *inputs: Any, **named: Any) -> Explanatio
     """Compiles ``model`` with Inductor alone and with mmfast, runs both in turn, prints what differs.
 
     Where gradients are on and an output has one, what is run is the forward and the backward pass from the
-    sum of all outputs; otherwise the forward pass. A module is copied first: its gradients and buffers stay
-    as they are, and so does the random state.
+    sum of all outputs; otherwise the forward pass. A module and the tensors that it is called with are copied
+    first: they stay as they are, and so does the random state. A module that cannot be copied, as one of
+    ``fully_shard``, is run itself: its gradients and buffers are put back, what else it changes is not.
+
+    What is found is told of the graphs that run in the first call. Where torch.distributed is on, all ranks
+    must call this, and all run equally often.
 
     Args:
         model: a module or a function of tensors, in the mode (``train``, grad) that is to be explained.
@@ -60,52 +67,168 @@ def explain(model: Callable[..., Any], *inputs: Any, **named: Any) -> Explanatio
     Returns:
         What was printed.
     """
-    model = copy.deepcopy(model) if isinstance(model, nn.Module) else model
-    findings: list[Finding] = []
-    graphs = 0
+    ran: dict[Callable[..., Any], list[Finding]] = {}
 
     def recorded(module: torch.fx.GraphModule, example_inputs: Sequence[Tensor]) -> Any:
-        nonlocal graphs
-        graphs += 1
-        findings.extend(rewrite(module))
-        return mmfast(module, example_inputs)  # in what is rewritten nothing more is found
+        findings = rewrite_or_leave(module)
+        compiled = mmfast(module, example_inputs)  # in what is rewritten nothing more is found
 
-    weights = list(model.parameters()) if isinstance(model, nn.Module) else []
-    wanted = [
-        t for t in (*weights, *tree_leaves((inputs, named))) if isinstance(t, Tensor) and t.requires_grad
-    ]
+        def run(*args: Any) -> Any:
+            ran.setdefault(run, findings)  # Dynamo may compile what never runs, and again what changes
+            return compiled(*args)
 
-    def step(call: Callable[..., Any]) -> bool:
-        outputs = [
-            t for t in tree_leaves(call(*inputs, **named)) if isinstance(t, Tensor) and t.requires_grad
-        ]
-        if outputs and wanted:
-            total = torch.stack([t.float().sum() for t in outputs]).sum()
-            torch.autograd.grad(total, wanted, allow_unused=True)
-        return bool(outputs and wanted)
+        return run
 
     # Where torch can, not in the way of what the user compiles of the same code.
     alone: dict[str, Any] = {"isolate_recompiles": True} if ISOLATES else {}
-    calls = [torch.compile(model, backend=backend, **alone) for backend in ("inductor", recorded)]
-    with torch.random.fork_rng():
-        backward = all([step(call) for call in calls])  # compiled here
-        before, after = _in_turn([functools.partial(step, call) for call in calls])
+    with torch.random.fork_rng(), _borrowed(model) as ours:
+        calls = [
+            functools.partial(_step, torch.compile(ours, backend=backend, **alone), _weights(ours))
+            for backend in (ALONE, recorded)
+        ]
+        backward = all([call(*_copies((inputs, named))) for call in calls])  # compiled here
+        first = list(ran.values())
+        before, after = _in_turn(calls, lambda: _copies((inputs, named)))
     measured = "forward + backward" if backward else "forward"
-    explanation = Explanation(tuple(findings), before, after, measured, graphs)
+    findings = tuple(finding for graph in first for finding in graph)
+    explanation = Explanation(findings, before, after, measured, len(first))
     print(explanation)
     return explanation
 
 
-def _in_turn(calls: Sequence[Callable[[], object]]) -> list[float]:
-    """The median of the seconds of each call, one of each in every round."""
+def _weights(model: Callable[..., Any]) -> list[nn.Parameter]:
+    return list(model.parameters()) if isinstance(model, nn.Module) else []
+
+
+def _step(
+    call: Callable[..., Any], weights: list[nn.Parameter], inputs: tuple[Any, ...], named: dict[str, Any]
+) -> bool:
+    """Runs forward and, where there is one, backward; says whether there was one."""
+    given = [t for t in tree_leaves((inputs, named)) if isinstance(t, Tensor) and t.requires_grad]
+    wanted = [*given, *(p for p in weights if p.requires_grad)]
+    outputs = [t for t in tree_leaves(call(*inputs, **named)) if isinstance(t, Tensor) and t.requires_grad]
+    if not outputs or not wanted:
+        return False
+    total = torch.stack([t.float().sum() for t in outputs]).sum()
+    if weights:  # of sharded ones, only a whole backward pass makes gradients
+        total.backward()
+        for p in weights:
+            p.grad = None
+    else:
+        torch.autograd.grad(total, wanted, allow_unused=True)
+    return True
+
+
+@contextlib.contextmanager
+def _borrowed(model: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """A copy of a module without gradients; where there can be none, itself, and then it is put back."""
+    if not isinstance(model, nn.Module):
+        yield model
+        return
+    try:
+        ours = copy.deepcopy(model)
+    except (
+        Exception
+    ):  # fully_shard forbids it, and process groups, files and tensors with a history cannot be
+        ours = model
+    _reshard(ours)
+    weights = _weights(ours)
+    gradients = [p.grad for p in weights]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in (ours.modules() if ours is model else ())
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    for p in weights:
+        p.grad = None
+    try:
+        yield ours
+    finally:
+        _reshard(ours)
+        for p, gradient in zip(weights, gradients, strict=True):
+            p.grad = gradient
+        with torch.no_grad():
+            for module, name, buffer, content in buffers:
+                module._buffers[name] = buffer.copy_(content)
+
+
+def _reshard(model: nn.Module) -> None:
+    """Lets go of the whole weights that ``fully_shard`` has gathered."""
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def _copies(tree: Any) -> Any:
+    """``tree`` with copies of its tensors: leaves with the same strides, that share memory where these do."""
+    own: dict[int, Tensor] = {}
+    spans: dict[int, tuple[int, int]] = {}
+    for t in filter(_is_plain, tree_leaves(tree)):
+        key, (low, high) = t.untyped_storage()._cdata, _span(t)
+        least, most = spans.get(key, (low, high))
+        spans[key] = min(least, low), max(most, high)
+    memory: dict[int, torch.UntypedStorage] = {}
+    memo: dict[int, Any] = {}
+
+    def copied(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        if id(t) not in own:
+            own[id(t)] = strided(t) if _is_plain(t) else copy.deepcopy(t if t.is_leaf else t.detach(), memo)
+            own[id(t)].requires_grad_(t.requires_grad)
+        return own[id(t)]
+
+    def strided(t: Tensor) -> Tensor:
+        whole, key = t.untyped_storage(), t.untyped_storage()._cdata
+        low, high = spans[key]
+        if key not in memory:  # no more of it than is seen: it may be a row of a whole data set
+            part = torch.empty(0, dtype=torch.uint8, device=t.device).set_(whole, low, (high - low,), (1,))
+            memory[key] = part.clone().untyped_storage()
+        new = torch.empty(0, dtype=t.dtype, device=t.device)
+        new.set_(memory[key], t.storage_offset() - low // t.itemsize, t.shape, t.stride())
+        new = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
+        new.__dict__.update(t.__dict__)  # torch._dynamo.mark_dynamic
+        return new
+
+    with torch.no_grad():
+        return tree_map(copied, tree)
+
+
+def _is_plain(t: Any) -> bool:
+    if type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided or t.is_quantized:
+        return False
+    return not (t.is_conj() or t.is_neg())
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    """From where to where in its memory ``t`` reaches, in bytes, from a whole line on."""
+    low = int(t.storage_offset()) * t.itemsize
+    reach = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+    return low // LINE * LINE, low + (reach * t.itemsize if t.numel() else 0)
+
+
+def _in_turn(calls: Sequence[Callable[..., object]], prepare: Callable[[], tuple[Any, ...]]) -> list[float]:
+    """The median of the seconds of each call with what was prepared, one of each in every round."""
     taken: list[list[float]] = [[] for _ in calls]
     fewest, most = ROUNDS
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        most = fewest  # each rank has a clock of its own
     end = time.perf_counter() + SECONDS
     while len(taken[0]) < fewest or (len(taken[0]) < most and time.perf_counter() < end):
         for call, seconds in zip(calls, taken, strict=True):
+            given = prepare()
+            _wait()
             begin = time.perf_counter()
-            call()
-            if torch.accelerator.is_available():
-                torch.accelerator.synchronize()
+            call(*given)
+            _wait()
             seconds.append(time.perf_counter() - begin)
     return list(map(median, taken))
+
+
+def _wait() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()

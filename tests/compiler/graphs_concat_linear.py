@@ -265,6 +265,18 @@ def dropout_that_is_on(a, b, weight, bias):
     return F.linear(F.dropout(torch.cat([a, b], -1), 0.0, training=True), weight, bias)
 
 
+@case(LATE, leaves=("dropout",))
+def dropout_that_is_on_behind_a_norm(a, b, weight, bias):
+    normed = F.layer_norm(torch.cat([a, b], -1), (14,))
+    return F.linear(F.dropout(normed, 0.0, training=True), weight, bias)
+
+
+@case(LATE, leaves=("dropout",))
+def dropout_that_is_on_before_a_norm(a, b, weight, bias):
+    dropped = F.dropout(torch.cat([a, b], -1), 0.0, training=True)
+    return F.linear(F.layer_norm(dropped, (14,)), weight, bias)
+
+
 @case(LATE, leaves=("grad mode changes on the way",))
 def sources_detached_by_no_grad(a, b, weight, bias):
     with torch.no_grad():

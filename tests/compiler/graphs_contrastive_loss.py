@@ -99,6 +99,18 @@ def every_second_target(image, text, scale):
     return F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
 
 
+@case(PAIRS, "contrastive_loss")
+def targets_counted_in_float32(image, text, scale):
+    logits, target = scale * image @ text.T, torch.arange(6.0).long()
+    return F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
+
+
+@case(PAIRS, leaves=("not known to be the diagonal",))
+def targets_counted_in_bfloat16(image, text, scale):  # which has no 257
+    logits, target = scale * image @ text.T, torch.arange(6, dtype=torch.bfloat16).long()
+    return F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
+
+
 @case(PAIRS, leaves=("smoothed labels",))
 def smoothed(image, text, scale):
     return both_ways(scale * image @ text.T, label_smoothing=0.1)

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
+for room in ("ops", "train"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / room))
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,9 @@
 """Two real processes compute what one does."""
 
+import compiled
 import pytest
 import torch
+from check import assert_promised, backends, worst
 from job import everything
 from tiny import dataset, options, torchrun
 from toy import ToyData, toy_config, toy_model
@@ -73,3 +75,20 @@ def test_more_ranks_than_samples_is_said_once(tmp_path):
     assert said.returncode != 0
     lines = [line for line in said.stderr.splitlines() if line.startswith("mmfast: ")]
     assert lines == ["mmfast: error: 'train' has 1 samples, fewer than the 2 ranks"]
+
+
+@pytest.mark.inductor
+def test_a_sharded_model_compiled_with_mmfast_has_the_gradients_of_the_whole_one(tmp_path):
+    said = torchrun(2, "tests/dist/compiled.py", tmp_path / "results.pt", module=None)
+    assert said.returncode == 0, said.stderr[-4000:]
+    two = torch.load(tmp_path / "results.pt")
+    assert two["native calls"] == (1 if "cpu" in backends("concat_linear") else 0)
+    results = {}
+    for dtype in (torch.float32, torch.float64):
+        model, inputs = compiled.made()
+        out = model.to(dtype)(*(t.to(dtype) for t in inputs))
+        compiled.loss(out).backward()
+        results[dtype] = {name: p.grad for name, p in model.named_parameters()} | {"out": out.detach()}
+    for name, meant in results[torch.float64].items():
+        own = worst(results[torch.float32][name].double() - meant)
+        assert_promised(two["results"][name], meant, own, name)

@@ -19,7 +19,6 @@ from mmfast.compiler import Finding, mmfast, rewrite_or_leave
 SECONDS = 2.0  # that both together are run for
 ROUNDS = (5, 50)
 ALONE = "inductor"  # what mmfast is compared with
-LINE = 64  # bytes: what is copied keeps its alignment
 ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 
 
@@ -127,9 +126,7 @@ def _borrowed(model: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
         return
     try:
         ours = copy.deepcopy(model)
-    except (
-        Exception
-    ):  # fully_shard forbids it, and process groups, files and tensors with a history cannot be
+    except Exception:  # fully_shard forbids it; process groups, files and tensors with a history have no copy
         ours = model
     _reshard(ours)
     weights = _weights(ours)
@@ -164,51 +161,29 @@ def _reshard(model: nn.Module) -> None:
 
 
 def _copies(tree: Any) -> Any:
-    """``tree`` with copies of its tensors: leaves with the same strides, that share memory where these do."""
+    """``tree`` with a copy for each tensor: a leaf of the same strides, the same one where it comes again."""
     own: dict[int, Tensor] = {}
-    spans: dict[int, tuple[int, int]] = {}
-    for t in filter(_is_plain, tree_leaves(tree)):
-        key, (low, high) = t.untyped_storage()._cdata, _span(t)
-        least, most = spans.get(key, (low, high))
-        spans[key] = min(least, low), max(most, high)
-    memory: dict[int, torch.UntypedStorage] = {}
-    memo: dict[int, Any] = {}
 
     def copied(t: Any) -> Any:
         if not isinstance(t, Tensor):
             return t
         if id(t) not in own:
-            own[id(t)] = strided(t) if _is_plain(t) else copy.deepcopy(t if t.is_leaf else t.detach(), memo)
-            own[id(t)].requires_grad_(t.requires_grad)
+            plain = type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided
+            new = _strided(t) if plain else copy.deepcopy(t.detach())
+            new.__dict__.update(t.__dict__)  # torch._dynamo.mark_dynamic
+            own[id(t)] = new.requires_grad_(t.requires_grad)
         return own[id(t)]
-
-    def strided(t: Tensor) -> Tensor:
-        whole, key = t.untyped_storage(), t.untyped_storage()._cdata
-        low, high = spans[key]
-        if key not in memory:  # no more of it than is seen: it may be a row of a whole data set
-            part = torch.empty(0, dtype=torch.uint8, device=t.device).set_(whole, low, (high - low,), (1,))
-            memory[key] = part.clone().untyped_storage()
-        new = torch.empty(0, dtype=t.dtype, device=t.device)
-        new.set_(memory[key], t.storage_offset() - low // t.itemsize, t.shape, t.stride())
-        new = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
-        new.__dict__.update(t.__dict__)  # torch._dynamo.mark_dynamic
-        return new
 
     with torch.no_grad():
         return tree_map(copied, tree)
 
 
-def _is_plain(t: Any) -> bool:
-    if type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided or t.is_quantized:
-        return False
-    return not (t.is_conj() or t.is_neg())
-
-
-def _span(t: Tensor) -> tuple[int, int]:
-    """From where to where in its memory ``t`` reaches, in bytes, from a whole line on."""
-    low = int(t.storage_offset()) * t.itemsize
-    reach = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
-    return low // LINE * LINE, low + (reach * t.itemsize if t.numel() else 0)
+def _strided(t: Tensor) -> Tensor:
+    """Copied without what lies between its elements: it may be a part of a whole data set."""
+    once = t.detach()[tuple(slice(0, 1) if step == 0 else slice(None) for step in t.stride())]
+    new = torch.empty_strided(once.shape, once.stride(), dtype=t.dtype, device=t.device)
+    new.copy_(once)
+    return new if new.shape == t.shape else new.expand(t.shape)
 
 
 def _in_turn(calls: Sequence[Callable[..., object]], prepare: Callable[[], tuple[Any, ...]]) -> list[float]:

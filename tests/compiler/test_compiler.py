@@ -535,7 +535,7 @@ def test_explain_runs_a_model_that_cannot_be_copied_itself(explained, one_rank):
         assert explained(ours, (patches,), sentence=sentence, seen=seen).measured == "forward"
 
 
-def test_copies_of_inputs_share_what_the_inputs_share():
+def test_copies_of_inputs_are_leaves_of_the_same_strides():
     whole = torch.arange(48.0).view(6, 8)
     weight = nn.Parameter(torch.randn(3, 4))
     history = torch.randn(4, requires_grad=True) * 2
@@ -543,7 +543,6 @@ def test_copies_of_inputs_share_what_the_inputs_share():
         "rows": whole[2:4],
         "columns": whole.t()[3:5],
         "wide": torch.randn(3, 1).expand(3, 5),
-        "bits": whole[3].view(torch.int32),
         "weight": weight,
         "again": [weight, history],
         "conjugate": torch.randn(3, dtype=torch.complex64).conj(),
@@ -553,13 +552,12 @@ def test_copies_of_inputs_share_what_the_inputs_share():
     made = _copies(given)
     before, after = (tree_leaves(tree) for tree in (given, made))
     for one, other in zip(before[:-1], after[:-1], strict=True):
-        assert type(one) is type(other) and one is not other and torch.equal(one, other)
+        assert one is not other and torch.equal(one, other)
+        assert one.data_ptr() != other.data_ptr() or not one.numel()
         assert (one.stride(), one.requires_grad) == (other.stride(), other.requires_grad)
-        assert other.is_leaf and not other._is_view()
+        assert other.is_leaf
     assert made["again"][0] is made["weight"] and made["number"] == 3
-    made["rows"][1].fill_(7.0)
-    assert (made["columns"][:, 3] == 7).all() and (made["bits"].view(torch.float32) == 7).all()
-    assert torch.equal(whole, torch.arange(48.0).view(6, 8))
+    assert made["rows"].untyped_storage().nbytes() == 16 * 4  # not of the whole
 
 
 @pytest.mark.inductor

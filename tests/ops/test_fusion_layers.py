@@ -1,11 +1,15 @@
 """The layers of mmfast.nn that fuse modalities, each against its paper's formula written out."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from check import compiled
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 
 from mmfast.nn import (
     BottleneckFusion,
@@ -227,7 +231,7 @@ def test_a_wrong_description_is_refused(make, message):
         make()
 
 
-def given(layer):
+def fitting(layer):
     """Arguments that fit, in float32."""
     fit = {"present": PRESENT}
     if type(layer).__name__ in ("CrossModalAttention", "CrossModalBlock"):
@@ -297,7 +301,7 @@ OF_QUERIES = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_wrong_argument_is_named_with_what_was_got_and_what_was_wanted(name):
     layer = LAYERS[name]()
-    fit = given(layer)
+    fit = fitting(layer)
     layer(**fit)
     own = "CrossModalAttention" if name == "block" else type(layer).__name__
     speak = {"concat": "(ConcatLinear|concat_linear)", "low rank": "(LowRankFusion|lowrank_fusion)"}
@@ -328,9 +332,9 @@ def test_a_source_of_all_samples_is_absent_by_sample(make):
     assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
+FUSIONS = VECTORS | SEQUENCES
 RESET = {
-    **VECTORS,
-    **SEQUENCES,
+    **FUSIONS,
     "attention": lambda: CrossModalAttention(8, 2, DIMS, source_bias=True, qk_norm=True),
     "resampler": lambda: PerceiverResampler(8, 2, DIMS, num_latents=2, source_bias=True),
 }
@@ -370,3 +374,34 @@ def test_a_new_batch_size_compiles_once_more_and_never_again(make):
         query = [torch.randn(batch, 3, 8)] * isinstance(layer, CrossModalAttention)
         call(*query, sources, lengths={"text": torch.full((batch,), 2)}, present=present)
     assert counter.frame_count == 2
+
+
+class Rematerialised(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, arguments):
+        return checkpoint(lambda a: self.layer(**a), arguments, use_reentrant=False)
+
+
+@pytest.mark.parametrize("make", FUSIONS.values(), ids=FUSIONS)
+def test_checkpointing_compile_and_fsdp2_together(make, one_rank):
+    layer = make()
+    torch._dynamo.reset()
+    model, given = Rematerialised(deepcopy(layer)), fitting(layer)
+
+    def step(model, call):
+        out = call(model)
+        out.square().mean().backward()
+        return [
+            out.detach(),
+            *[getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in model.parameters()],
+        ]
+
+    meant = step(layer, lambda layer: layer(**given))
+    fully_shard(model.layer, mesh=one_rank)
+    fully_shard(model, mesh=one_rank)
+    model.layer.compile(fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(step(model, lambda model: model(given)), meant, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -32,7 +32,7 @@ def cases():
             yield pytest.param(block, id=page, marks=pytest.mark.skip(f"it needs {needs(block)}"))
 
 
-@pytest.mark.parametrize("program", cases())
+@pytest.mark.parametrize("program", list(cases()))
 def test_a_pages_python_runs(program, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", program],

@@ -349,7 +349,7 @@ def test_no_concatenation_is_made_and_no_pooled_source_at_the_outputs_size(varia
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_peer_that_concatenates_is_seen_to(variant):
     forward, step = beyond_what_is_held("reference", variant, "bfloat16")
-    assert min(forward, step) > 30, (forward, step)
+    assert min(forward, step) > 20, (forward, step)
 
 
 def test_files_for_wide_instruction_sets_leak_no_symbol():

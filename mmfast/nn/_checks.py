@@ -1,12 +1,53 @@
-"""What the layers of named streams say of arguments that do not fit."""
+"""What the layers say of arguments that do not fit, where the op below could not name them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmfast.ops._checks import wrong
+from mmfast.ops._checks import require_tensors, wrong
+from mmfast.ops.cross_attention import INTEGERS
+
+
+def require_known(layer: nn.Module, argument: str, given: Any, known: Collection[str]) -> None:
+    """One of a few words."""
+    if given not in known:
+        raise wrong(_name(layer), argument, repr(given), "one of " + ", ".join(known))
+
+
+def require_inputs(
+    layer: nn.Module, inputs: Any, widths: Sequence[int], dtype: torch.dtype | None = None
+) -> None:
+    """A tensor ``[..., width]`` for each of the widths; of one ``dtype``, unless autocast casts."""
+    require_tensors(_name(layer), "inputs", inputs)
+    if len(inputs) != len(widths):
+        raise wrong(_name(layer), "inputs", f"{len(inputs)} tensors", f"{len(widths)}")
+    for i, (x, width) in enumerate(zip(inputs, widths, strict=True)):
+        if x.dim() == 0 or x.shape[-1] != width:
+            raise wrong(_name(layer), f"inputs[{i}]", x.shape, f"[..., {width}]")
+        if dtype is not None:
+            require_dtype(layer, f"inputs[{i}]", x, dtype)
+
+
+def require_dtype(layer: nn.Module, argument: str, given: Tensor, dtype: torch.dtype) -> None:
+    """That of the parameters, unless autocast casts."""
+    if given.dtype != dtype and not torch.is_autocast_enabled(given.device.type):
+        raise wrong(_name(layer), argument, given.dtype, f"the parameters' {dtype}")
+
+
+def require_broadcast(layer: nn.Module, inputs: Sequence[Tensor]) -> torch.Size:
+    """Leading dimensions that go together: what they are then."""
+    lead = inputs[0].shape[:-1]
+    for i, x in enumerate(inputs):
+        if x.shape[:-1] != lead:
+            try:
+                lead = torch.broadcast_shapes(lead, x.shape[:-1])
+            except RuntimeError:
+                before = ", ".join(str(list(t.shape)) for t in inputs[:i])
+                wanted = f"leading dimensions that broadcast with those of {before}"
+                raise wrong(_name(layer), f"inputs[{i}]", x.shape, wanted) from None
+    return lead
 
 
 def require_streams(layer: nn.Module, sources: Any, known: Iterable[str], **named: Any) -> None:
@@ -19,6 +60,8 @@ def require_streams(layer: nn.Module, sources: Any, known: Iterable[str], **name
     for name, t in sources.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{_name(layer)}: {name} in sources is a {type(t).__name__}, wanted a tensor")
+        if t.dim() == 0:
+            raise wrong(_name(layer), f"{name} in sources", "a scalar", "[B, S, E]")
     absent = [name for name in known if name not in sources]
     if absent:
         raise ValueError(f"{_name(layer)}: sources has no {', '.join(absent)}, wanted {', '.join(known)}")
@@ -51,6 +94,14 @@ def require_flags(layer: nn.Module, argument: str, given: Any, *shapes: tuple[in
     if not isinstance(given, Tensor) or given.dtype != torch.bool or given.shape not in shapes:
         wanted = " or ".join(str(list(shape)) for shape in shapes)
         raise wrong(_name(layer), argument, described(given), f"bool {wanted}")
+
+
+def require_lengths(layer: nn.Module, argument: str, given: Any, batch: int) -> None:
+    """None, or an integer for each sample."""
+    if given is None:
+        return
+    if not isinstance(given, Tensor) or given.dtype not in INTEGERS or given.shape != (batch,):
+        raise wrong(_name(layer), argument, described(given), f"integers [{batch}]")
 
 
 def require(layer: nn.Module, fits: bool, argument: str, got: Any, wanted: str, *numbers: int) -> None:

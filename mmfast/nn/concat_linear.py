@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mmfast.nn._checks import require_inputs, require_known
 from mmfast.ops import concat_linear
+from mmfast.ops.concat_linear import ACTIVATIONS
 
 GATES = (None, "scalar", "channel")
 
@@ -30,7 +32,7 @@ class ConcatLinear(nn.Module):
         dtype: of the parameters.
 
     Raises:
-        ValueError: ``in_features`` is empty, or ``gate`` is unknown.
+        ValueError: ``in_features`` is empty, or ``activation`` or ``gate`` is unknown.
     """
 
     bias: nn.Parameter | None
@@ -55,6 +57,7 @@ class ConcatLinear(nn.Module):
         super().__init__()
         if not in_features:
             raise ValueError("ConcatLinear: in_features is empty, wanted at least one source")
+        require_known(self, "activation", activation, ACTIVATIONS)
         if gate not in GATES:
             raise ValueError(f"ConcatLinear: gate is {gate!r}, wanted None, 'scalar' or 'channel'")
         self.in_features = tuple(in_features)
@@ -113,6 +116,7 @@ class ConcatLinear(nn.Module):
         self, inputs: Sequence[Tensor], *, present: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """Inputs ``[..., D_i]``, present bool ``[B, n]``, residual ``[..., O]`` -> ``[..., O]``."""
+        require_inputs(self, inputs, self.in_features)
         return concat_linear(
             inputs,
             self.weight,

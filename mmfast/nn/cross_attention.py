@@ -6,7 +6,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mmfast.nn._checks import require, require_flags, require_keys, require_names, require_streams
+from mmfast.nn._checks import (
+    require,
+    require_dtype,
+    require_flags,
+    require_keys,
+    require_lengths,
+    require_names,
+    require_streams,
+)
 from mmfast.nn.concat_linear import ConcatLinear, take
 from mmfast.nn.masking import valid
 from mmfast.ops import cross_attention
@@ -183,7 +191,10 @@ class CrossModalAttention(nn.Module):
         """
         lengths, masks = {} if lengths is None else lengths, {} if masks is None else masks
         require_streams(self, sources, self.sources, lengths=lengths, masks=masks)
-        require(self, x.dim() == 3, "x", x.shape, f"[B, L, {self.heads * self.head_dim}]")
+        width, dtype = self.heads * self.head_dim, self.query.weight.dtype
+        fits = isinstance(x, Tensor) and x.dim() == 3 and x.shape[2] == width
+        require(self, fits, "x", x.shape if isinstance(x, Tensor) else x, f"[B, L, {width}]")
+        require_dtype(self, "x", x, dtype)
         batch, n = len(x), len(self.sources)
         require_flags(self, "present", present, (batch, n), (batch, x.shape[1], n))
         query = self.query_norm(self.query([x]).unflatten(-1, (self.heads, self.head_dim)))  # [B, L, H, D]
@@ -192,8 +203,8 @@ class CrossModalAttention(nn.Module):
             source, length, mask = sources[name], lengths.get(name), masks.get(name)
             fits = source.dim() == 3 and source.shape[0] == batch and source.shape[2] == self.widths[i]
             require(self, fits, f"{name} in sources", source.shape, "[{}, S, {}]", batch, self.widths[i])
-            fits = length is None or (isinstance(length, Tensor) and length.shape == (batch,))
-            require(self, fits, f"{name} in lengths", length, "integers [{}]", batch)
+            require_dtype(self, f"{name} in sources", source, dtype)
+            require_lengths(self, f"{name} in lengths", length, batch)
             require_flags(self, f"{name} in masks", mask, (batch, source.shape[1]))
             there = _there(source, length, mask, None if present is None else present[..., i])
             if there is None:
@@ -351,7 +362,8 @@ class PerceiverResampler(nn.Module):
 
         The other arguments are those of ``CrossModalAttention``.
         """
-        require_streams(self, sources, self.streams, lengths=lengths or {}, masks=masks or {})
+        lengths, masks = {} if lengths is None else lengths, {} if masks is None else masks
+        require_streams(self, sources, self.streams, lengths=lengths, masks=masks)
         first = next(iter(sources.values()))
         require_flags(self, "present", present, (len(first), len(self.streams)))
         if present is not None:

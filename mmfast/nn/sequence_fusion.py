@@ -7,7 +7,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mmfast.nn._checks import require, require_flags, require_keys, require_streams
+from mmfast.nn._checks import (
+    require,
+    require_dtype,
+    require_flags,
+    require_keys,
+    require_lengths,
+    require_streams,
+)
 from mmfast.nn.concat_linear import ConcatLinear
 from mmfast.nn.cross_attention import CrossModalAttention, CrossModalBlock, Streams
 from mmfast.nn.masking import masked_mean, valid
@@ -184,11 +191,12 @@ def _tokens(
     require_flags(layer, "present", present, (len(first), len(project)))
     tokens, steps = {}, {}
     for i, (name, projection) in enumerate(project.items()):
-        x, length, width = sources[name], lengths.get(name), cast(ConcatLinear, projection).weight.shape[1]
+        x, length, weight = sources[name], lengths.get(name), cast(ConcatLinear, projection).weight
+        width = weight.shape[1]
         fits = x.dim() == 3 and len(x) == len(first) and x.shape[2] == width
         require(layer, fits, f"{name} in sources", x.shape, "[{}, S, {}]", len(first), width)
-        fits = length is None or (isinstance(length, Tensor) and length.shape == (len(x),))
-        require(layer, fits, f"{name} in lengths", length, "integers [{}]", len(x))
+        require_dtype(layer, f"{name} in sources", x, weight.dtype)
+        require_lengths(layer, f"{name} in lengths", length, len(x))
         if length is None:
             length = torch.full((len(x),), x.shape[1], dtype=torch.int64, device=x.device)
         length = length.clamp(0, x.shape[1])

@@ -1,12 +1,12 @@
 """Fusions of one vector per modality: a weighted mean, gates, and the tensor product at low rank."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mmfast.nn._checks import require
+from mmfast.nn._checks import require, require_broadcast, require_flags, require_inputs, require_known
 from mmfast.nn.concat_linear import ConcatLinear
 from mmfast.ops import lowrank_fusion, weighted_fusion
 from mmfast.ops.reference import ACTIVATIONS
@@ -42,10 +42,9 @@ class WeightedFusion(nn.Module):
     ) -> None:
         """Creates the parameters; see the class."""
         super().__init__()
-        _require_inputs(self, in_features)
-        if activation != "none" and activation not in ACTIVATIONS:
-            wanted = ", ".join(["none", *ACTIVATIONS])
-            raise ValueError(f"WeightedFusion: activation is {activation!r}, wanted one of {wanted}")
+        _require_modalities(self, in_features)
+        self.in_features = tuple(in_features)
+        require_known(self, "activation", activation, ("none", *ACTIVATIONS))
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.project = nn.ModuleList(ConcatLinear([d], out_features, bias, **made) for d in in_features)
         self.logits = nn.Parameter(torch.empty(len(in_features), **made))
@@ -58,7 +57,7 @@ class WeightedFusion(nn.Module):
 
     def forward(self, inputs: Sequence[Tensor], *, present: Tensor | None = None) -> Tensor:
         """Inputs ``[..., D_i]``, present bool ``[B, n]`` -> ``[..., O]``; ``activation(0)`` without any."""
-        projected = _project(self, self.project, inputs, present)
+        projected = _project(self, inputs, present)
         out = weighted_fusion(projected, self.logits, present=present)
         return out if self.activation == "none" else ACTIVATIONS[self.activation](out)
 
@@ -92,14 +91,15 @@ class GatedFusion(nn.Module):
     ) -> None:
         """Creates the parameters; see the class."""
         super().__init__()
-        _require_inputs(self, in_features)
+        _require_modalities(self, in_features)
+        self.in_features = tuple(in_features)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.project = nn.ModuleList(ConcatLinear([d], out_features, bias, **made) for d in in_features)
         self.gates = ConcatLinear(in_features, len(in_features) * out_features, bias, **made)
 
     def forward(self, inputs: Sequence[Tensor], *, present: Tensor | None = None) -> Tensor:
         """Inputs ``[..., D_i]``, present bool ``[B, n]`` -> ``[..., O]``; 0 without any."""
-        projected = torch.stack(torch.broadcast_tensors(*_project(self, self.project, inputs, present)), -2)
+        projected = torch.stack(torch.broadcast_tensors(*_project(self, inputs, present)), -2)
         gates = self.gates(inputs, present=present).unflatten(-1, (len(inputs), -1))  # [..., n, O]
         gated = gates.sigmoid() * projected.tanh()
         if present is not None:
@@ -141,7 +141,8 @@ class LowRankFusion(nn.Module):
     ) -> None:
         """Creates the parameters; see the class."""
         super().__init__()
-        _require_inputs(self, in_features)
+        _require_modalities(self, in_features)
+        self.in_features = tuple(in_features)
         if rank < 1:
             raise ValueError(f"LowRankFusion: rank is {rank}, wanted at least 1")
 
@@ -169,27 +170,31 @@ class LowRankFusion(nn.Module):
 
     def forward(self, inputs: Sequence[Tensor], *, present: Tensor | None = None) -> Tensor:
         """Inputs ``[B, D_i]``, present bool ``[B, n]`` -> ``[B, O]``."""
+        require_inputs(self, inputs, self.in_features)
         return lowrank_fusion(inputs, list(self.factors), self.rank_weight, self.bias, present=present)
 
     def extra_repr(self) -> str:
         """What ``print(layer)`` shows."""
-        (rank, _, out_features), in_features = self.factors[0].shape, [f.shape[1] - 1 for f in self.factors]
-        return f"in_features={in_features}, out_features={out_features}, rank={rank}"
+        rank, _, out_features = self.factors[0].shape
+        return f"in_features={self.in_features}, out_features={out_features}, rank={rank}"
 
 
-def _require_inputs(layer: nn.Module, in_features: Sequence[int]) -> None:
+def _require_modalities(layer: nn.Module, in_features: Sequence[int]) -> None:
     if not in_features:
         raise ValueError(f"{type(layer).__name__}: in_features is empty, wanted at least one modality")
 
 
 def _project(
-    owner: nn.Module, layers: nn.ModuleList, inputs: Sequence[Tensor], present: Tensor | None
+    fusion: "WeightedFusion | GatedFusion", inputs: Sequence[Tensor], present: Tensor | None
 ) -> list[Tensor]:
     """Each modality through its own layer, where it is there; else the layer's bias."""
-    require(owner, len(inputs) == len(layers), "inputs", f"{len(inputs)} tensors", str(len(layers)))
+    layers = fusion.project
+    require_inputs(fusion, inputs, fusion.in_features, cast(ConcatLinear, layers[0]).weight.dtype)
+    lead = require_broadcast(fusion, inputs)
     if present is None:
         return [layer([x]) for layer, x in zip(layers, inputs, strict=True)]
-    lead = torch.broadcast_shapes(*[x.shape[:-1] for x in inputs])
+    require(fusion, bool(lead), "present", present, "None, since the inputs have no leading dimension")
+    require_flags(fusion, "present", present, (lead[0], len(inputs)))
     projected = []
     for i, (layer, x) in enumerate(zip(layers, inputs, strict=True)):
         x, there = x if x.dim() > 1 else x[None], present[:, i]

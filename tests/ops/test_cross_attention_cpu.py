@@ -5,7 +5,6 @@ import os
 import time
 import timeit
 from functools import partial
-from pathlib import Path
 
 import pytest
 import test_cross_attention as suite
@@ -187,33 +186,6 @@ def test_any_number_of_threads_is_as_exact():
     for count in (1, 2, 3):
         with threads(count):
             check(all_of(on("cpu")), all_of(reference.cross_attention), arguments, torch.float32)
-
-
-class _Attended(torch.utils.data.Dataset):
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, n):
-        return run(all_of(on("cpu")), cast(example(1, **SPLIT, lengths=True, bias=2, seed=n), torch.float32))
-
-
-def in_forked_workers():
-    """The parent's threads exist already when its workers are forked; they do not come along."""
-    with threads(1):  # as in a worker: how keys are split follows the number of threads
-        wanted = [_Attended()[n] for n in range(2)]
-    with threads(2):
-        _Attended()[0]
-        workers = torch.utils.data.DataLoader(
-            _Attended(), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60
-        )
-        for found, meant in zip(workers, wanted, strict=True):
-            assert all(same_bits(found[key], meant[key]) for key in meant)
-
-
-def test_it_runs_forward_and_backward_in_the_forked_workers_of_a_data_loader():
-    """In a fresh process: PyTorch's autograd refuses to run in a fork once it has had threads of its own."""
-    here = str(Path(__file__).parent)
-    python(f"import sys; sys.path.append({here!r}); import {__name__}; {__name__}.in_forked_workers()")
 
 
 THREADS = """

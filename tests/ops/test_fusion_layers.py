@@ -1,16 +1,21 @@
 """The layers of mmfast.nn that fuse modalities, each against its paper's formula written out."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from check import compiled
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 
 from mmfast.nn import (
     BottleneckFusion,
     ConcatLinear,
     CrossModalAttention,
+    CrossModalBlock,
     GatedFusion,
     LowRankFusion,
     PairwiseFusion,
@@ -215,34 +220,102 @@ def test_sequences_gradients_are_slopes(make):
         (lambda: LowRankFusion([2], 3, rank=0), "LowRankFusion: rank is 0, wanted at least 1"),
         (lambda: BottleneckFusion(8, 2, {}), "BottleneckFusion: source_dims is empty"),
         (lambda: PairwiseFusion(8, 3, DIMS), "num_heads is 3, wanted a divisor of 8"),
-        (lambda: PairwiseFusion(8, 2, DIMS)({"image": torch.zeros(1, 1, 5)}), "sources has no text, audio"),
-        (
-            lambda: PairwiseFusion(8, 2, DIMS)({**sequences(), "face": torch.zeros(1, 1, 5)}),
-            "sources has 'face'",
-        ),
-        (
-            lambda: BottleneckFusion(8, 2, DIMS)(sequences(), lengths={"imgae": torch.ones(3)}),
-            "BottleneckFusion: lengths has 'imgae', wanted one of image, text, audio",
-        ),
-        (
-            lambda: BottleneckFusion(8, 2, DIMS)(sequences(), present=torch.ones(2, 3)),
-            r"BottleneckFusion: present is torch.float32 \[2, 3\], wanted bool",
-        ),
-        (
-            lambda: BottleneckFusion(8, 2, DIMS).double()(sequences(), lengths={"text": torch.ones(2)}),
-            r"BottleneckFusion: text in lengths is torch.float32 \[2\], wanted integers \[4\]",
-        ),
-        (
-            lambda: PairwiseFusion(8, 2, DIMS).double()(sequences() | {"text": torch.zeros(4, 3)}),
-            r"PairwiseFusion: text in sources is \[4, 3\], wanted \[4, S, 3\]",
-        ),
+        (lambda: ConcatLinear([2], 3, activation="tanh"), "activation is 'tanh', wanted one of none, relu"),
+        (lambda: BottleneckFusion(8, 2, DIMS, activation="tanh"), "activation is 'tanh', wanted one of none"),
+        (lambda: PairwiseFusion(8, 2, DIMS, activation="tanh"), "activation is 'tanh', wanted one of none"),
         (lambda: BottleneckFusion(8, 2, {"cam.left": 3}), "BottleneckFusion: source_dims is 'cam.left'"),
-        (lambda: WeightedFusion([2, 3], 4)([torch.zeros(1, 2)]), "inputs is 1 tensors, wanted 2"),
     ],
 )
 def test_a_wrong_description_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def fitting(layer):
+    """Arguments that fit, in float32."""
+    fit = {"present": PRESENT}
+    if type(layer).__name__ in ("CrossModalAttention", "CrossModalBlock"):
+        fit["x"] = torch.randn(4, 2, 8)
+    if hasattr(layer, "in_features"):
+        return fit | {"inputs": [x.float() for x in vectors()]}
+    return fit | {"sources": {name: x.float() for name, x in sequences().items()}, "lengths": LENGTHS}
+
+
+LAYERS = {
+    **VECTORS,
+    "concat": lambda: ConcatLinear(SIZES, 6),
+    **SEQUENCES,
+    "attention": lambda: CrossModalAttention(8, 2, DIMS),
+    "block": lambda: CrossModalBlock(8, 2, DIMS),
+    "resampler": lambda: PerceiverResampler(8, 2, DIMS, num_latents=2),
+}
+OF_ALL = {
+    r"present is .*\[4, 2\], wanted .*\[4, 3\]": {"present": PRESENT[:, :2]},
+    r"present is .*\[4, 4\], wanted .*\[4, 3\]": {"present": PRESENT[:, [0, 1, 2, 0]]},
+    r"present is .*\[2, 3\], wanted .*\[4, 3\]": {"present": PRESENT[:2]},
+    r"present is .*\[4\], wanted .*\[4, 3\]": {"present": PRESENT[:, 0]},
+    "present is torch.float32.*, wanted .*bool": {"present": PRESENT.float()},
+    "present is a list, wanted": {"present": PRESENT.tolist()},
+}
+OF_VECTORS = {
+    "inputs is 2 tensors, wanted 3": lambda xs: xs[:2],
+    "inputs is 4 tensors, wanted 3": lambda xs: [*xs, xs[0]],
+    "inputs is a Tensor, wanted a list or tuple of tensors": lambda xs: xs[0],
+    "inputs is empty, wanted at least one tensor": lambda xs: [],
+    r"inputs\[1\] is a NoneType, wanted a tensor": lambda xs: [xs[0], None, xs[2]],
+    r"inputs\[1\] is \[4, 2\], wanted \[..., 3\]": lambda xs: [xs[0], torch.zeros(4, 2), xs[2]],
+    r"inputs\[1\] is \[\], wanted \[..., 3\]": lambda xs: [xs[0], torch.zeros(()), xs[2]],
+    r"inputs\[1\] is \[3, 3\], wanted (\[4, D\]|.* broadcast with those of \[4, 5\])": lambda xs: (
+        [xs[0], torch.zeros(3, 3), xs[2]]
+    ),
+    r"inputs\[1\] is torch.float64.*, wanted .*'s? torch.float32": lambda xs: [xs[0], xs[1].double(), xs[2]],
+}
+OF_SEQUENCES = {
+    "sources is a list, wanted a tensor for each name": {"sources": [torch.zeros(4, 6, 5)]},
+    "sources has no text, audio, wanted image, text, audio": {"sources": {"image": torch.zeros(4, 6, 5)}},
+    "sources has 'face', wanted one of image, text, audio": {"face": torch.zeros(4, 6, 5)},
+    "text in sources is a NoneType, wanted a tensor": {"text": None},
+    r"text in sources is \[4, 6, 2\], wanted \[4, S, 3\]": {"text": torch.zeros(4, 6, 2)},
+    r"text in sources is \[3, 6, 3\], wanted \[4, S, 3\]": {"text": torch.zeros(3, 6, 3)},
+    r"text in sources is \[4, 3\], wanted \[4, S, 3\]": {"text": torch.zeros(4, 3)},
+    "image in sources is a scalar, wanted": {"image": torch.zeros(())},
+    "text in sources is torch.float64, wanted the parameters' torch.float32": {
+        "text": torch.zeros(4, 6, 3).double()
+    },
+    "lengths is a Tensor, wanted a tensor for each name": {"lengths": torch.ones(4).int()},
+    "lengths has 'imgae', wanted one of image, text, audio": {"lengths": {"imgae": torch.ones(4).int()}},
+    r"text in lengths is torch.float32 \[4\], wanted integers \[4\]": {"lengths": {"text": torch.ones(4)}},
+    r"text in lengths is torch.int32 \[2\], wanted integers \[4\]": {
+        "lengths": {"text": torch.ones(2).int()}
+    },
+    "text in lengths is a int, wanted integers": {"lengths": {"text": 3}},
+}
+OF_QUERIES = {
+    r"x is \[4, 2, 7\], wanted \[B, L, 8\]": {"x": torch.zeros(4, 2, 7)},
+    r"x is \[4, 8\], wanted \[B, L, 8\]": {"x": torch.zeros(4, 8)},
+    r"x is a NoneType, wanted \[B, L, 8\]": {"x": None},
+    "x is torch.float64, wanted the parameters' torch.float32": {"x": torch.zeros(4, 2, 8).double()},
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_wrong_argument_is_named_with_what_was_got_and_what_was_wanted(name):
+    layer = LAYERS[name]()
+    fit = fitting(layer)
+    layer(**fit)
+    own = "CrossModalAttention" if name == "block" else type(layer).__name__
+    speak = {"concat": "(ConcatLinear|concat_linear)", "low rank": "(LowRankFusion|lowrank_fusion)"}
+    speak["resampler"] = "(PerceiverResampler|CrossModalAttention)"
+    wrong = list(OF_ALL.items()) + (list(OF_QUERIES.items()) if "x" in fit else [])
+    if "inputs" in fit:
+        wrong += [(message, {"inputs": change(fit["inputs"])}) for message, change in OF_VECTORS.items()]
+    else:
+        wrong += OF_SEQUENCES.items()
+    for message, changed in wrong:
+        if not changed.keys() <= fit.keys():  # one of the sources
+            changed = {"sources": fit["sources"] | changed}
+        with pytest.raises((TypeError, ValueError), match=f"^{speak.get(name, own)}: {message}"):
+            layer(**fit | changed)
 
 
 @pytest.mark.parametrize("make", [WeightedFusion, GatedFusion])
@@ -259,9 +332,9 @@ def test_a_source_of_all_samples_is_absent_by_sample(make):
     assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
+FUSIONS = VECTORS | SEQUENCES
 RESET = {
-    **VECTORS,
-    **SEQUENCES,
+    **FUSIONS,
     "attention": lambda: CrossModalAttention(8, 2, DIMS, source_bias=True, qk_norm=True),
     "resampler": lambda: PerceiverResampler(8, 2, DIMS, num_latents=2, source_bias=True),
 }
@@ -301,3 +374,34 @@ def test_a_new_batch_size_compiles_once_more_and_never_again(make):
         query = [torch.randn(batch, 3, 8)] * isinstance(layer, CrossModalAttention)
         call(*query, sources, lengths={"text": torch.full((batch,), 2)}, present=present)
     assert counter.frame_count == 2
+
+
+class Rematerialised(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, arguments):
+        return checkpoint(lambda a: self.layer(**a), arguments, use_reentrant=False)
+
+
+@pytest.mark.parametrize("make", FUSIONS.values(), ids=FUSIONS)
+def test_checkpointing_compile_and_fsdp2_together(make, one_rank):
+    layer = make()
+    torch._dynamo.reset()
+    model, given = Rematerialised(deepcopy(layer)), fitting(layer)
+
+    def step(model, call):
+        out = call(model)
+        out.square().mean().backward()
+        return [
+            out.detach(),
+            *[getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in model.parameters()],
+        ]
+
+    meant = step(layer, lambda layer: layer(**given))
+    fully_shard(model.layer, mesh=one_rank)
+    fully_shard(model, mesh=one_rank)
+    model.layer.compile(fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(step(model, lambda model: model(given)), meant, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -26,6 +26,21 @@ class Source(NamedTuple):
     grad: Tensor | None = None  # [rows, width]
 
 
+class Pooled(NamedTuple):
+    """A source with fewer rows than the output, as the main kernel sees it: multiplied already.
+
+    Under a norm its rows were centred on their own means and scaled by the norm's weight before.
+    """
+
+    data: Tensor  # [..., O], float32
+    strides: Triple
+    number: int
+    width: int
+    moments: Tensor | None = None  # [..., 2], mean and standard deviation of its own rows
+    moment_strides: Triple = (0, 0, 0)
+    along: Tensor | None = None  # [O], its block of the weight @ the norm's weight
+
+
 def columns_of(inputs: Sequence[Tensor]) -> list[slice]:
     """Each source's columns of the weight."""
     ends = list(accumulate(x.shape[-1] for x in inputs))

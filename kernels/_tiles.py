@@ -36,7 +36,8 @@ class Pooled(NamedTuple):
     strides: Triple
     number: int
     width: int
-    moments: Tensor | None = None  # [..., 2], mean and standard deviation of its own rows
+    mean: Tensor | None = None  # [..., 1], of its own rows
+    rstd: Tensor | None = None  # [..., 1]
     moment_strides: Triple = (0, 0, 0)
     along: Tensor | None = None  # [O], its block of the weight @ the norm's weight
 

@@ -112,7 +112,7 @@ def statistics_kernel(
         source = pooled[i]
         seen = rows_with(source.number, row, inside, present, num_sources, per_sample)
         at = row_offset(row, n1, n2, source.moment_strides)
-        m += source.width * tl.load(source.moments + at, mask=seen, other=0.0)
+        m += source.width * tl.load(source.mean + at, mask=seen, other=0.0)
     m = m / total
     square = tl.zeros([BLOCK_M], tl.float32)
     for i in tl.static_range(SOURCES):
@@ -126,8 +126,8 @@ def statistics_kernel(
         source = pooled[i]
         seen = rows_with(source.number, row, inside, present, num_sources, per_sample)
         at = row_offset(row, n1, n2, source.moment_strides)
-        away = tl.load(source.moments + at, mask=seen, other=0.0) - m
-        deviation = tl.load(source.moments + at + 1, mask=seen, other=0.0)
+        away = tl.load(source.mean + at, mask=seen, other=0.0) - m
+        deviation = tl.where(seen, 1 / tl.load(source.rstd + at, mask=seen, other=1.0), 0.0)
         square += source.width * (away * away + deviation * deviation)
     tl.store(mean + row, m, mask=inside)
     tl.store(rstd + row, 1 / tl.sqrt(square / total + eps), mask=inside)
@@ -163,7 +163,7 @@ def forward_kernel(
         if SWIGLU:
             b += load_tile(part + width, seen, kept)
         if mean is not None:
-            own = source.moments + row_offset(row, n1, n2, source.moment_strides)
+            own = source.mean + row_offset(row, n1, n2, source.moment_strides)
             away = tl.load(own, mask=seen, other=0.0)[:, None] - m
             a += away * load_row(source.along, column, kept, 0.0)
             if SWIGLU:
@@ -282,18 +282,25 @@ def project(x: Tensor, number: int, weight: Tensor) -> Pooled:
     return _project(x, number, weight, (None,) * 4)
 
 
-def project_centred(x: Tensor, number: int, weight: Tensor, norm_weight: Tensor | None) -> Pooled:
-    """The same under a norm. What an absent row gives is not to be looked at."""
+def own_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / standard deviation [..., 1] of a pooled source's own rows.
+
+    There is next to no eps: a row in half precision that is scaled by the latter is in its range.
+    """
     mean, rstd = x.new_empty(2, *x.shape[:-1], 1, dtype=torch.float32)
-    sizes, (rows,), (strides,) = walk(x.shape[:-1], [x])
-    # next to no eps: what is multiplied in half precision is in its range, and then scaled back
-    _take_statistics(mean, rstd, [Source(rows, strides, number, x.shape[-1])], [], (None, 1, 1), 1e-30, sizes)
+    sizes, (x,), (strides,) = walk(x.shape[:-1], [x])
+    _take_statistics(mean, rstd, [Source(x, strides, 0, x.shape[-1])], [], (None, 1, 1), 1e-30, sizes)
+    return mean, rstd
+
+
+def project_centred(
+    x: Tensor, number: int, weight: Tensor, norm_weight: Tensor | None, moments: tuple[Tensor, Tensor]
+) -> Pooled:
+    """The same under a norm."""
+    mean, rstd = moments
     pooled = _project(x, number, weight, (mean, rstd, norm_weight, None))
-    return pooled._replace(
-        data=pooled.data / rstd,
-        moments=torch.cat([mean, 1 / rstd], -1),
-        along=_times(weight, norm_weight),
-    )
+    along = _times(weight, norm_weight)
+    return pooled._replace(data=pooled.data / rstd, mean=mean, rstd=rstd, along=along)
 
 
 def _project(x: Tensor, number: int, weight: Tensor, norm: tuple[Tensor | None, ...]) -> Pooled:
@@ -313,16 +320,16 @@ def walk_with(
     lead: torch.Size, tensors: Sequence[Tensor], pooled: Sequence[Pooled]
 ) -> tuple[Triple, list[tuple[Tensor, Triple]], list[Pooled]]:
     """``walk`` through tensors and pooled sources together."""
-    more = [t for source in pooled for t in (source.data, source.moments) if t is not None]
+    more = [t for source in pooled for t in (source.data, source.mean, source.rstd) if t is not None]
     sizes, walked, strides = walk(lead, [*tensors, *more])
     found = list(zip(walked, strides, strict=True))
     rest, placed = iter(found[len(tensors) :]), []
     for source in pooled:
         data, steps = next(rest)
         source = source._replace(data=data, strides=steps)
-        if source.moments is not None:
-            moments, steps = next(rest)
-            source = source._replace(moments=moments, moment_strides=steps)
+        if source.mean is not None:
+            (mean, steps), (rstd, _) = next(rest), next(rest)
+            source = source._replace(mean=mean, rstd=rstd, moment_strides=steps)
         placed.append(source)
     return sizes, found[: len(tensors)], placed
 
@@ -362,7 +369,7 @@ def concat_linear(
                 pooled.append(project(x, i, blocks[i]))
             else:
                 scale = None if norm_weight is None else norm_weight[columns[i]]
-                pooled.append(project_centred(x, i, blocks[i], scale))
+                pooled.append(project_centred(x, i, blocks[i], scale, own_moments(x)))
                 if norm_bias is not None:
                     start = _times(blocks[i], norm_bias[columns[i]])
                     bias = start if bias is None else bias + start

@@ -54,6 +54,7 @@ from mmfast.kernels._tiles import (
     multiply,
     row_offset,
     rows_with,
+    walk_with,
 )
 from mmfast.kernels.concat_linear_backward import concat_linear_backward
 
@@ -314,24 +315,6 @@ def _project(x: Tensor, number: int, weight: Tensor, norm: tuple[Tensor | None, 
 def _times(weight: Tensor, vector: Tensor | None) -> Tensor:
     """``weight`` [O, D] @ ``vector`` [D] in float32, whatever PyTorch's products are made in; None: ones."""
     return (weight if vector is None else weight * vector.float()).sum(1, dtype=torch.float32)
-
-
-def walk_with(
-    lead: torch.Size, tensors: Sequence[Tensor], pooled: Sequence[Pooled]
-) -> tuple[Triple, list[tuple[Tensor, Triple]], list[Pooled]]:
-    """``walk`` through tensors and pooled sources together."""
-    more = [t for source in pooled for t in (source.data, source.mean, source.rstd) if t is not None]
-    sizes, walked, strides = walk(lead, [*tensors, *more])
-    found = list(zip(walked, strides, strict=True))
-    rest, placed = iter(found[len(tensors) :]), []
-    for source in pooled:
-        data, steps = next(rest)
-        source = source._replace(data=data, strides=steps)
-        if source.mean is not None:
-            (mean, steps), (rstd, _) = next(rest), next(rest)
-            source = source._replace(mean=mean, rstd=rstd, moment_strides=steps)
-        placed.append(source)
-    return sizes, found[: len(tensors)], placed
 
 
 def concat_linear(

@@ -45,6 +45,7 @@ from mmfast.kernels._tiles import (
     multiply,
     row_offset,
     rows_with,
+    walk_with,
 )
 
 # By the oldest compute capability they are for. Nobody has tuned them on a device yet.
@@ -505,7 +506,7 @@ def _grad_normed_inputs(
     present: Tensor | None, norm: tuple[Tensor, Tensor, Tensor | None],
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of the sources under a norm, which couples them."""
-    from mmfast.kernels.concat_linear import project_centred, walk_with  # which imports this module
+    from mmfast.kernels.concat_linear import project_centred  # which imports this module
 
     rows, height = grad.shape
     full, pooled = {}, []

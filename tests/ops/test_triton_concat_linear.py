@@ -136,6 +136,27 @@ def test_a_pooled_source_is_nowhere_at_the_output_s_size(norm_eps, absence):
     assert max(sizes) < 64 * 512 * 4 / 2
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="products are counted in the interpreter")
+def test_a_pooled_source_is_multiplied_at_its_own_size_under_a_norm_too(small_tiles, monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    create_dot, work = InterpreterBuilder.create_dot, []
+
+    def count(self, a, b, *more):
+        work.append(a.data.size * b.data.shape[1])
+        return create_dot(self, a, b, *more)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", count)
+    counts = {}
+    for norm_eps in (None, 1e-5):
+        work.clear()
+        both([(16, 16, 16), (16, 1, 256)], 16, norm_eps=norm_eps)
+        counts[norm_eps] = sum(work)
+    again = 16 * 256 * 16  # the backward projects it again
+    away = 256 * 16 * 16  # what centring left out of the weight's gradient
+    assert counts[1e-5] <= counts[None] + again + away
+
+
 @pytest.fixture
 def described(small_tiles, monkeypatch):
     """Small tiles through tensor descriptors where that can be; whether they were, launch by launch."""

@@ -177,20 +177,32 @@ def presence(present: Tensor | None, rows: int) -> tuple[Tensor | None, int, int
     return present.contiguous(), present.shape[1], rows // present.shape[0]
 
 
+def own_lead(x: Tensor, lead: torch.Size) -> torch.Size:
+    """A source's own leading dimensions, as many as the output's."""
+    return torch.Size((1,) * (len(lead) + 1 - x.ndim)) + x.shape[:-1]
+
+
+def seen_by(present: Tensor | None, lead: torch.Size, own: torch.Size) -> Tensor | None:
+    """Who sees a row of a source: its sample, or any sample where the samples share it."""
+    if present is None or own[0] == lead[0]:
+        return present
+    return present.any(0, keepdim=True)
+
+
 def row_sum(
     grad: Tensor, lead: torch.Size, own: torch.Size, present: Tensor | None, number: int
 ) -> tuple[Tensor, Tensor | None]:
-    """``grad`` [rows, O] summed in float32 over the rows that a source of leading dimensions ``own`` went to.
+    """``grad`` [rows, O] summed over the rows that a source of leading dimensions ``own`` went to.
 
-    With it, who sees a row of the source: its sample, or any sample where the samples share it.
+    In float32, or as it is in float64. With it, who sees a row of the source.
     """
+    wide = torch.promote_types(grad.dtype, torch.float32)
     g = grad.view(*lead, -1)
     dims = [d for d in range(1, len(lead)) if own[d] != lead[d]]
     if dims:
-        g = g.sum(dims, keepdim=True, dtype=torch.float32)
+        g = g.sum(dims, keepdim=True, dtype=wide)
     if present is not None:  # one flag per sample: where there are sums, it is they that are selected
         g = torch.where(present[:, number].view(-1, *[1] * len(lead)), g, 0)
     if own[0] != lead[0]:
-        g = g.sum(0, keepdim=True, dtype=torch.float32)
-        present = None if present is None else present.any(0, keepdim=True)
-    return g.reshape(own.numel(), -1), present
+        g = g.sum(0, keepdim=True, dtype=wide)
+    return g.reshape(own.numel(), -1), seen_by(present, lead, own)

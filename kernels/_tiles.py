@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Size, Tensor
 
-from mmfast.kernels._launch import Triple
+from mmfast.kernels._launch import Triple, walk
 
 INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -26,10 +26,44 @@ class Source(NamedTuple):
     grad: Tensor | None = None  # [rows, width]
 
 
+class Pooled(NamedTuple):
+    """A source with fewer rows than the output, as the main kernel sees it: multiplied already.
+
+    Under a norm its rows were centred on their own means and scaled by the norm's weight before.
+    """
+
+    data: Tensor  # [..., O], float32
+    strides: Triple
+    number: int
+    width: int
+    mean: Tensor | None = None  # [..., 1], of its own rows
+    rstd: Tensor | None = None  # [..., 1]
+    moment_strides: Triple = (0, 0, 0)
+    along: Tensor | None = None  # [O], its block of the weight @ the norm's weight
+
+
 def columns_of(inputs: Sequence[Tensor]) -> list[slice]:
     """Each source's columns of the weight."""
     ends = list(accumulate(x.shape[-1] for x in inputs))
     return [slice(end - x.shape[-1], end) for end, x in zip(ends, inputs, strict=True)]
+
+
+def walk_with(
+    lead: Size, tensors: Sequence[Tensor], pooled: Sequence[Pooled]
+) -> tuple[Triple, list[tuple[Tensor, Triple]], list[Pooled]]:
+    """``walk`` through tensors and pooled sources together."""
+    more = [t for source in pooled for t in (source.data, source.mean, source.rstd) if t is not None]
+    sizes, walked, strides = walk(lead, [*tensors, *more])
+    found = list(zip(walked, strides, strict=True))
+    rest, placed = iter(found[len(tensors) :]), []
+    for source in pooled:
+        data, steps = next(rest)
+        source = source._replace(data=data, strides=steps)
+        if source.mean is not None:
+            (mean, steps), (rstd, _) = next(rest), next(rest)
+            source = source._replace(mean=mean, rstd=rstd, moment_strides=steps)
+        placed.append(source)
+    return sizes, found[: len(tensors)], placed
 
 
 @triton.jit

@@ -5,8 +5,12 @@ into the same float32 tile, so the concatenation exists nowhere. Three things ke
 
 - A *pooled* source, one with fewer rows than the output, is projected at its own few rows by a launch of its
   own, and the main launch adds the result to its tile. Backwards, its gradient is summed over the rows it was
-  broadcast to before it is multiplied by the weight. Under a norm no source is pooled, because every row's
-  statistics reach into it.
+  broadcast to before it is multiplied by the weight. So it is under a norm too, where a row ``p`` of mean
+  ``m`` (an absent one: ``p = m = 0``) gives an output row of statistics ``mean`` and ``rstd``
+
+      rstd * ((p - m) * norm_weight) @ W.T + rstd * (m - mean) * (W @ norm_weight)
+
+  and each row is centred on its own mean before it is multiplied: a large mean costs no digits.
 - A tile none of whose rows has a source skips that source's loop. A row without it is masked off when it is
   loaded, so nothing that stands in an absent element enters a register.
 - Bias, activation, gate and residual are applied to the tile before it is stored.
@@ -41,6 +45,7 @@ from mmfast.kernels._launch import (
     walk,
 )
 from mmfast.kernels._tiles import (
+    Pooled,
     Source,
     any_of,
     columns_of,
@@ -49,6 +54,7 @@ from mmfast.kernels._tiles import (
     multiply,
     row_offset,
     rows_with,
+    walk_with,
 )
 from mmfast.kernels.concat_linear_backward import concat_linear_backward
 
@@ -89,8 +95,8 @@ UNTUNED[100] = {
 
 @triton.jit
 def statistics_kernel(
-    mean, rstd, sources, present, num_sources, eps, total, rows, n1, n2, per_sample,
-    SOURCES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    mean, rstd, sources, pooled, present, num_sources, eps, total, rows, n1, n2, per_sample,
+    SOURCES: tl.constexpr, POOLED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1 / standard deviation of every row of the concatenation; the variance around the mean."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -103,6 +109,11 @@ def statistics_kernel(
         x = source.data + row_offset(row, n1, n2, source.strides)[:, None]
         for k0 in range(0, tl.where(any_of(seen), source.width, 0), BLOCK_K):
             m += tl.sum(load_tile(x + (k0 + k)[None, :], seen, k0 + k < source.width).to(tl.float32), 1)
+    for i in tl.static_range(POOLED):
+        source = pooled[i]
+        seen = rows_with(source.number, row, inside, present, num_sources, per_sample)
+        at = row_offset(row, n1, n2, source.moment_strides)
+        m += source.width * tl.load(source.mean + at, mask=seen, other=0.0)
     m = m / total
     square = tl.zeros([BLOCK_M], tl.float32)
     for i in tl.static_range(SOURCES):
@@ -112,6 +123,13 @@ def statistics_kernel(
         for k0 in range(0, source.width, BLOCK_K):  # an absent source's zeros are m away from the mean
             tile = load_tile(x + (k0 + k)[None, :], seen, k0 + k < source.width).to(tl.float32) - m[:, None]
             square += tl.sum(tl.where((k0 + k < source.width)[None, :], tile * tile, 0.0), 1)
+    for i in tl.static_range(POOLED):
+        source = pooled[i]
+        seen = rows_with(source.number, row, inside, present, num_sources, per_sample)
+        at = row_offset(row, n1, n2, source.moment_strides)
+        away = tl.load(source.mean + at, mask=seen, other=0.0) - m
+        deviation = tl.where(seen, 1 / tl.load(source.rstd + at, mask=seen, other=1.0), 0.0)
+        square += source.width * (away * away + deviation * deviation)
     tl.store(mean + row, m, mask=inside)
     tl.store(rstd + row, 1 / tl.sqrt(square / total + eps), mask=inside)
 
@@ -138,6 +156,21 @@ def forward_kernel(
 
     a = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     b = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # swiglu's second half
+    for i in tl.static_range(POOLED):
+        source = pooled[i]
+        seen = rows_with(source.number, row, inside, present, num_sources, per_sample)
+        part = source.data + row_offset(row, n1, n2, source.strides)[:, None] + column[None, :]
+        a += load_tile(part, seen, kept)
+        if SWIGLU:
+            b += load_tile(part + width, seen, kept)
+        if mean is not None:
+            own = source.mean + row_offset(row, n1, n2, source.moment_strides)
+            away = tl.load(own, mask=seen, other=0.0)[:, None] - m
+            a += away * load_row(source.along, column, kept, 0.0)
+            if SWIGLU:
+                b += away * load_row(source.along, width + column, kept, 0.0)
+    if mean is not None and POOLED > 0:
+        a, b = a * r, b * r
     for i in tl.static_range(SOURCES):
         source = sources[i]
         seen = rows_with(source.number, row, inside, present, num_sources, per_sample)
@@ -177,13 +210,6 @@ def forward_kernel(
                     tile_w = load_tile(w2 + (k0 + k)[:, None], left, kept)
                 b = multiply(tile_x, tile_w, b, PRECISION)
 
-    for i in tl.static_range(POOLED):
-        source = pooled[i]
-        seen = rows_with(source.number, row, inside, present, num_sources, per_sample)
-        part = source.data + row_offset(row, n1, n2, source.strides)[:, None] + column[None, :]
-        a += load_tile(part, seen, kept)
-        if SWIGLU:
-            b += load_tile(part + width, seen, kept)
     a += load_row(bias, column, kept, 0.0)
     if SWIGLU:
         b += load_row(bias, width + column, kept, 0.0)
@@ -209,7 +235,7 @@ def forward_kernel(
 
 
 def _run(
-    out: Tensor, preact: Tensor | None, sources: Sequence[Source], pooled: Sequence[Source], weight: Tensor,
+    out: Tensor, preact: Tensor | None, sources: Sequence[Source], pooled: Sequence[Pooled], weight: Tensor,
     bias: Tensor | None, flags: tuple[Tensor | None, int, int], norm: tuple[Tensor | None, ...],
     residual: tuple[Tensor | None, Triple | None], gate: Tensor | None, sizes: Triple, activation: str,
 ) -> None:  # fmt: skip
@@ -218,7 +244,8 @@ def _run(
     present, num_sources, per_sample = flags
     name = "forward_few_rows" if rows <= 256 else "forward"
     weights = [(source.weight, (weight.stride(0),)) for source in sources]
-    tiles = [(source.data, source.strides) for source in (*sources, *pooled)]
+    tiles = [(source.data, source.strides) for source in sources]
+    tiles += [(source.data, source.strides) for source in pooled]
     if not aligned((out, ()), residual, *weights, *tiles):
         name = "forward_unaligned"
     options = configuration("concat_linear", name, weight, weight.dtype, UNTUNED)
@@ -239,13 +266,55 @@ def _run(
     )  # fmt: skip
 
 
-def _project(x: Tensor, weight: Tensor) -> Tensor:
-    """A pooled source ``[..., D]`` times its block of the weight ``[O, D]``, in float32."""
+def _take_statistics(
+    mean: Tensor, rstd: Tensor, sources: Sequence[Source], pooled: Sequence[Pooled],
+    flags: tuple[Tensor | None, int, int], eps: float, sizes: Triple,
+) -> None:  # fmt: skip
+    rows = mean.numel()
+    total = sum(source.width for source in sources) + sum(source.width for source in pooled)
+    statistics_kernel[(triton.cdiv(rows, 4),)](
+        mean, rstd, tuple(sources), tuple(pooled), flags[0], flags[1], eps, max(1, total), rows, *sizes[1:],
+        flags[2], SOURCES=len(sources), POOLED=len(pooled), BLOCK_M=4, BLOCK_K=128, num_warps=4,
+    )  # fmt: skip
+
+
+def project(x: Tensor, number: int, weight: Tensor) -> Pooled:
+    """A pooled source ``[..., D]`` times its block of the weight ``[O, D]``."""
+    return _project(x, number, weight, (None,) * 4)
+
+
+def own_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / standard deviation [..., 1] of a pooled source's own rows.
+
+    There is next to no eps: a row in half precision that is scaled by the latter is in its range.
+    """
+    mean, rstd = x.new_empty(2, *x.shape[:-1], 1, dtype=torch.float32)
+    sizes, (x,), (strides,) = walk(x.shape[:-1], [x])
+    _take_statistics(mean, rstd, [Source(x, strides, 0, x.shape[-1])], [], (None, 1, 1), 1e-30, sizes)
+    return mean, rstd
+
+
+def project_centred(
+    x: Tensor, number: int, weight: Tensor, norm_weight: Tensor | None, moments: tuple[Tensor, Tensor]
+) -> Pooled:
+    """The same under a norm."""
+    mean, rstd = moments
+    pooled = _project(x, number, weight, (mean, rstd, norm_weight, None))
+    along = _times(weight, norm_weight)
+    return pooled._replace(data=pooled.data / rstd, mean=mean, rstd=rstd, along=along)
+
+
+def _project(x: Tensor, number: int, weight: Tensor, norm: tuple[Tensor | None, ...]) -> Pooled:
     out = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=torch.float32)
     sizes, (x,), (strides,) = walk(x.shape[:-1], [x])
     source = Source(x, strides, 0, x.shape[-1], weight)
-    _run(out, None, [source], [], weight, None, (None, 1, 1), (None,) * 4, (None, None), None, sizes, "none")
-    return out
+    _run(out, None, [source], [], weight, None, (None, 1, 1), norm, (None, None), None, sizes, "none")
+    return Pooled(out, (0, 0, 0), number, x.shape[-1])
+
+
+def _times(weight: Tensor, vector: Tensor | None) -> Tensor:
+    """``weight`` [O, D] @ ``vector`` [D] in float32, whatever PyTorch's products are made in; None: ones."""
+    return (weight if vector is None else weight * vector.float()).sum(1, dtype=torch.float32)
 
 
 def concat_linear(
@@ -272,31 +341,33 @@ def concat_linear(
         return made
 
     weight, columns = dense(weight), columns_of(inputs)
+    blocks = [weight[:, own] for own in columns]
     flags = presence(present, rows)
     with on(weight.device):
-        full: list[int] = []
-        few: list[int] = []
+        full, pooled = [], []
         for i, x in enumerate(inputs):
-            pooled = norm_eps is None and x.shape[:-1].numel() < rows
-            (few if pooled else full).append(i)
-        parts = [_project(inputs[i], weight[:, columns[i]]) for i in few]  # [..., O]
+            if x.shape[:-1].numel() == rows:
+                full.append(i)
+            elif norm_eps is None:
+                pooled.append(project(x, i, blocks[i]))
+            else:
+                scale = None if norm_weight is None else norm_weight[columns[i]]
+                pooled.append(project_centred(x, i, blocks[i], scale, own_moments(x)))
+                if norm_bias is not None:
+                    start = _times(blocks[i], norm_bias[columns[i]])
+                    bias = start if bias is None else bias + start
         added = [] if residual is None else [residual.expand(*residual.shape[:-1], width)]
-        sizes, tensors, strides = walk(lead, [*(inputs[i] for i in full), *parts, *added])
-        rows_of = list(zip(tensors, strides, strict=True))
+        sizes, rows_of, pooled = walk_with(lead, [*(inputs[i] for i in full), *added], pooled)
         sources = [
-            Source(*rows_of[at], i, inputs[i].shape[-1], weight[:, columns[i]], columns[i].start)
+            Source(*rows_of[at], i, inputs[i].shape[-1], blocks[i], columns[i].start)
             for at, i in enumerate(full)
         ]
-        pooled_sources = [Source(*rows_of[at], i) for at, i in enumerate(few, len(full))]
         norm: tuple[Tensor | None, ...] = (None,) * 4
-        if norm_eps is not None:
+        if mean is not None and rstd is not None and norm_eps is not None:
             norm = mean, rstd, norm_weight, norm_bias
-            statistics_kernel[(triton.cdiv(rows, 4),)](
-                mean, rstd, tuple(sources), flags[0], flags[1], norm_eps, max(1, weight.shape[1]), rows,
-                *sizes[1:], flags[2], SOURCES=len(sources), BLOCK_M=4, BLOCK_K=128, num_warps=4,
-            )  # fmt: skip
+            _take_statistics(mean, rstd, sources, pooled, flags, norm_eps, sizes)
         _run(
-            out, preact, sources, pooled_sources, weight, bias, flags, norm,
+            out, preact, sources, pooled, weight, bias, flags, norm,
             rows_of[-1] if added else (None, None), gate, sizes, activation,
         )  # fmt: skip
     return made

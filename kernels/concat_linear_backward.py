@@ -1,7 +1,18 @@
-"""Triton kernels of the backward of ``concat_linear``, and their launcher."""
+"""Triton kernels of the backward of ``concat_linear``, and their launcher.
+
+With g the gradient before the activation, a pooled source's g is summed over the rows that its own rows were
+broadcast to, and what is multiplied are the sums. So it is under a norm too, where with d = g @ W norm_weight
+
+    dx = rstd (d - avg(d) - x^ avg(d x^)), averages over the whole concatenation
+
+and a pooled row p of mean m has x^ = rstd (p - m) + rstd (m - mean). Its source's share in the averages of an
+output row is a dot product of g with what the forward added there. Its gradient is the same formula with sums
+over output rows: of rstd g, to be multiplied by W, and of the factors of 1 and of p - m. In the weight's
+gradient the first part of x^ is a product over own rows, and the second is the same in every column.
+"""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,6 +29,7 @@ from mmfast.kernels._launch import (
     described,
     lead_of,
     on,
+    own_lead,
     presence,
     row_step,
     row_sum,
@@ -33,6 +45,7 @@ from mmfast.kernels._tiles import (
     multiply,
     row_offset,
     rows_with,
+    walk_with,
 )
 
 # By the oldest compute capability they are for. Nobody has tuned them on a device yet.
@@ -174,13 +187,14 @@ def grad_input_kernel(
 @triton.jit(do_not_specialize=["number", "rows", "per_sample", "chunk", "chunks_each"])
 def grad_weight_kernel(
     out, out_stride, norm_weight_sum, norm_bias_sum, grad, source, weight_stride, present, num_sources,
-    number, mean, rstd, norm_weight, norm_bias, grad_bias, rows, n1, n2, per_sample, height, chunk,
+    number, mean, rstd, norm_weight, norm_bias, grad_bias, rest, rows, n1, n2, per_sample, height, chunk,
     chunks_each, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """A tile of ``grad.T`` [height, rows] @ ``norm(x)`` [rows, width], over this part's chunks of rows.
 
-    A chunk without the source is skipped. Under a norm the product is with x hat, which gives all three:
+    A chunk without the source is skipped. Under a norm the product is with x hat, but for ``rest`` [height],
+    which is the same in each of its columns and added to them. That gives all three:
     dW = product * norm_weight + grad_bias * norm_bias, d norm_weight = sum over o of W * product,
     d norm_bias = sum over o of W * grad_bias.
     """
@@ -216,6 +230,8 @@ def grad_weight_kernel(
             product = multiply(tl.trans(g), x.to(g.dtype), product, PRECISION)
 
     both = kept_o[:, None] & kept_k[None, :]
+    if rest is not None:
+        product += tl.load(rest + o, mask=kept_o & (part == 0), other=0.0)[:, None]
     if mean is not None:
         w = load_tile(source.weight + o.to(tl.int64)[:, None] * weight_stride + k[None, :], kept_o, kept_k)
         at = (part * tl.num_programs(0) + tl.program_id(0)) * source.width + k
@@ -229,12 +245,14 @@ def grad_weight_kernel(
 
 @triton.jit(do_not_specialize=["rows", "per_sample"])
 def norm_backward_kernel(
-    sources, present, num_sources, mean, rstd, norm_weight, total, rows, n1, n2, per_sample,
-    SOURCES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    averages, sources, pooled, grad, height, present, num_sources, mean, rstd, norm_weight, total,
+    rows, n1, n2, per_sample,
+    SOURCES: tl.constexpr, POOLED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the normalised rows into gradients of the rows, in place.
 
-    dx = rstd * (dy w - mean(dy w) - x hat mean(dy w x hat)), the means over the whole concatenation.
+    dx = rstd * (dy w - mean(dy w) - x hat mean(dy w x hat)), the means over the whole concatenation. They are
+    kept for the pooled sources, of which nothing but their shares in them is made here.
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
@@ -255,8 +273,24 @@ def norm_backward_kernel(
             x_hat = (load_tile(x + (k0 + k)[None, :], seen, left).to(tl.float32) - m) * r
             plain += tl.sum(g, 1)
             along += tl.sum(g * x_hat, 1)
-    plain = (plain / total)[:, None]
-    along = (along / total)[:, None]
+    for i in tl.static_range(POOLED):
+        source = pooled[i]
+        seen = rows_with(source.number, row, inside, present, num_sources, per_sample)
+        part = source.data + row_offset(row, n1, n2, source.strides)[:, None]
+        own = source.mean + row_offset(row, n1, n2, source.moment_strides)
+        away = tl.load(own, mask=seen, other=0.0)[:, None] - m
+        for k0 in range(0, height, BLOCK_K):
+            left = k0 + k < height
+            g = load_tile(grad + row.to(tl.int64)[:, None] * height + (k0 + k)[None, :], inside, left)
+            g = g.to(tl.float32)
+            flat = load_row(source.along, k0 + k, left, 0.0)
+            plain += tl.sum(g * flat, 1)
+            along += tl.sum(g * r * (load_tile(part + (k0 + k)[None, :], seen, left) + away * flat), 1)
+    plain = plain / total
+    along = along / total
+    tl.store(averages + row, plain, mask=inside)
+    tl.store(averages + rows + row, along, mask=inside)
+    plain, along = plain[:, None], along[:, None]
     for i in tl.static_range(SOURCES):
         source = sources[i]
         seen = rows_with(source.number, row, inside, present, num_sources, per_sample)
@@ -279,7 +313,7 @@ def concat_linear_backward(
     """Launches the backward; arguments and results are those of ``torch.ops.mmfast.concat_linear_backward``.
 
     A ``grad`` that is not contiguous, such as one expanded from a sum, is copied first; for the others see
-    ``concat_linear``. Under a norm a broadcast source's gradient is made for every row and summed afterwards.
+    ``concat_linear``.
     """
     lead = lead_of("concat_linear_backward", inputs)
     rows, (height, depth) = lead.numel(), weight.shape
@@ -299,22 +333,23 @@ def concat_linear_backward(
     with on(weight.device):
         grad = grad.contiguous().view(rows, -1)
         grad, grad_bias, grad_gate = _grad_preact(grad, preact, gate, activation, height)  # [rows, O or 2 O]
-        for i, (x, columns) in enumerate(zip(inputs, columns_of(inputs), strict=True)):
-            block, g, own, seen, norm = weight[:, columns], grad, lead, present, None
-            if mean is not None and rstd is not None:
-                scale, shift = (None if t is None else t[columns] for t in (norm_weight, norm_bias))
-                norm = mean, rstd, scale, shift, grad_bias
-            elif x.shape[:-1].numel() < rows:
-                own = torch.Size((1,) * (len(lead) + 1 - x.ndim)) + x.shape[:-1]
-                g, seen = row_sum(grad, lead, own, present, i)  # [own rows, O]
-            if need_inputs[i] and norm is None:
-                grads[i] = _grad_input(g, block, seen, i, x.dtype).view(x.shape)
+        if mean is None or rstd is None:
+            for i, (x, columns) in enumerate(zip(inputs, columns_of(inputs), strict=True)):
+                block, g, own, seen = weight[:, columns], grad, lead, present
+                if x.shape[:-1].numel() < rows:
+                    own = own_lead(x, lead)
+                    g, seen = row_sum(grad, lead, own, present, i)  # [own rows, O]
+                if need_inputs[i]:
+                    grads[i] = _grad_input(g, block, seen, i, x.dtype).view(x.shape)
+                if need_columns:
+                    _grad_weight(grad_weight[:, columns], g, own, x, block, seen, i, None)
+        else:
+            sources = _under_norm(grad, inputs, lead, weight, present, mean, rstd, norm_weight)
             if need_columns:
-                sums = _grad_weight(grad_weight[:, columns], g, own, x, block, seen, i, norm)
-                if norm is not None:
-                    norm_sums[0][columns], norm_sums[1][columns] = sums
-        if mean is not None and rstd is not None and any(need_inputs):
-            grads = _grad_normed_inputs(grad, inputs, lead, weight, present, mean, rstd, norm_weight)
+                _grad_columns(grad_weight, norm_sums, grad, grad_bias, sources, lead, mean, rstd, norm_bias)
+            if any(need_inputs):
+                norm = mean, rstd, norm_weight
+                grads = _grad_normed_inputs(grad, sources, need_inputs, lead, present, norm)
     grads += [grad_weight, grad_bias, *norm_sums, grad_gate]
     return [t.to(weight.dtype) for t, needed in zip(grads, needs, strict=True) if needed]
 
@@ -350,7 +385,7 @@ def _grad_input(
     name = "grad_input_few_rows" if rows <= 256 else "grad_input"
     if not aligned((grad, ()), (weight, (weight.stride(0),))):
         name = "grad_input_unaligned"
-    options = configuration("concat_linear", name, grad, dtype, UNTUNED)
+    options = configuration("concat_linear", name, grad, weight.dtype, UNTUNED)
     use_descriptors(options, present is None, (grad, depth), (weight, weight.stride(0)))
     grid = (triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(width, options["BLOCK_N"]),)
     grad_input_kernel[grid](
@@ -362,7 +397,7 @@ def _grad_input(
 
 def _grad_weight(
     out: Tensor, grad: Tensor, lead: torch.Size, x: Tensor, weight: Tensor, present: Tensor | None,
-    number: int, norm: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor] | None,
+    number: int, norm: tuple[Tensor | None, ...] | None,
 ) -> Tensor:  # fmt: skip
     """Writes ``grad.T`` @ ``norm(x)`` to ``out`` [O, D]; returns the norm's two gradients [2, D]."""
     (rows, height), width = grad.shape, x.shape[-1]
@@ -391,7 +426,7 @@ def _grad_weight(
     sums = grad.new_empty(2, parts * tiles_m, 0 if norm is None else width, dtype=torch.float32)
     grad_weight_kernel[(tiles_m, tiles_n, parts)](
         product, product.stride(-2), sums[0], sums[1], grad, Source(x, strides, 0, width, weight),
-        weight.stride(0), present, num_sources, number, *(norm or (None,) * 5), rows, *sizes[1:], per_sample,
+        weight.stride(0), present, num_sources, number, *(norm or (None,) * 6), rows, *sizes[1:], per_sample,
         height, chunk, chunks_each, CHUNK=_CHUNK, **options,
     )  # fmt: skip
     if parts > 1:
@@ -399,23 +434,120 @@ def _grad_weight(
     return sums.sum(1)
 
 
-def _grad_normed_inputs(
+class _Normed(NamedTuple):
+    """A source under a norm; g and what follows are those of a pooled one, at its own size."""
+
+    x: Tensor
+    columns: slice
+    weight: Tensor  # its block
+    scale: Tensor | None  # its part of the norm's weight
+    g: Tensor  # [rows, O], or the sums of rstd g [own rows, O]
+    own: torch.Size
+    seen: Tensor | None
+    moments: tuple[Tensor, Tensor] | None = None  # mean and 1 / standard deviation of its own rows
+    away: Tensor | None = None  # [rows], rstd (m - mean): how far its mean is away from the output row's
+
+
+def _under_norm(
     grad: Tensor, inputs: Sequence[Tensor], lead: torch.Size, weight: Tensor, present: Tensor | None,
     mean: Tensor, rstd: Tensor, norm_weight: Tensor | None,
-) -> list[Tensor]:  # fmt: skip
-    """Gradients of the sources under a norm, which couples them: of each at every row first."""
-    rows = lead.numel()
-    (_, n1, n2), walked, strides = walk(lead, inputs)
-    sources, grads = [], []
-    for i, (x, steps, columns) in enumerate(zip(walked, strides, columns_of(inputs), strict=True)):
-        block = weight[:, columns]
-        grads.append(
-            _grad_input(grad, block, None, i, x.dtype)
-        )  # absent ones have a share in the row's means
-        sources.append(Source(x, steps, i, x.shape[-1], block, columns.start, grads[i]))
-    present, num_sources, per_sample = presence(present, rows)
+) -> list[_Normed]:  # fmt: skip
+    from mmfast.kernels.concat_linear import own_moments  # which imports this module
+
+    rows, sources, weighted = lead.numel(), [], None
+    for i, (x, columns) in enumerate(zip(inputs, columns_of(inputs), strict=True)):
+        scale = None if norm_weight is None else norm_weight[columns]
+        source = _Normed(x, columns, weight[:, columns], scale, grad, lead, present)
+        if x.shape[:-1].numel() < rows:
+            if weighted is None:
+                weighted = grad * rstd.view(rows, 1)
+            own, moments = own_lead(x, lead), own_moments(x)
+            g, seen = row_sum(weighted, lead, own, present, i)
+            m = moments[0].squeeze(-1)
+            if present is not None:
+                m = torch.where(_flags(present, i, len(lead)), m, 0)
+            away = (rstd * (m - mean)).view(rows)
+            source = source._replace(g=g, own=own, seen=seen, moments=moments, away=away)
+        sources.append(source)
+    return sources
+
+
+def _flags(present: Tensor, number: int, dims: int) -> Tensor:
+    return present[:, number].view(-1, *[1] * (dims - 1))
+
+
+def _grad_columns(
+    grad_weight: Tensor, norm_sums: Sequence[Tensor], grad: Tensor, grad_bias: Tensor,
+    sources: Sequence[_Normed], lead: torch.Size, mean: Tensor, rstd: Tensor, norm_bias: Tensor | None,
+) -> None:  # fmt: skip
+    """Writes the gradients of the weight [O, sum D_i] and of the norm's two vectors."""
+    rows, height = grad.shape
+    aways = [source.away for source in sources if source.away is not None]
+    rest = grad.new_empty(height, len(aways), dtype=torch.float32)
+    if aways:  # sums of g away, as the gradient of a source with these features
+        away = torch.stack(aways, -1).to(grad.dtype)
+        _grad_weight(rest, grad, torch.Size((rows,)), away, rest, None, 0, None)
+    rests = iter(rest.t().contiguous())
+    for i, source in enumerate(sources):
+        shift = None if norm_bias is None else norm_bias[source.columns]
+        norm: tuple[Tensor | None, ...] = mean, rstd, source.scale, shift, grad_bias, None
+        if source.moments is not None:
+            m = source.moments[0]
+            if source.seen is not None:
+                m = torch.where(_flags(source.seen, i, m.ndim), m, 0)
+            norm = m, torch.ones_like(m), source.scale, shift, grad_bias, next(rests)
+        g, own, x, columns = source.g, source.own, source.x, source.columns
+        sums = _grad_weight(grad_weight[:, columns], g, own, x, source.weight, source.seen, i, norm)
+        norm_sums[0][columns], norm_sums[1][columns] = sums
+
+
+def _grad_normed_inputs(
+    grad: Tensor, sources: Sequence[_Normed], needs: Sequence[bool], lead: torch.Size,
+    present: Tensor | None, norm: tuple[Tensor, Tensor, Tensor | None],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of the sources under a norm, which couples them."""
+    from mmfast.kernels.concat_linear import project_centred  # which imports this module
+
+    rows, height = grad.shape
+    full, pooled = {}, []
+    for i, source in enumerate(sources):
+        if source.moments is None:  # absent or not, it has a share in the averages
+            full[i] = _grad_input(grad, source.weight, None, i, source.x.dtype)
+        else:
+            pooled.append(project_centred(source.x, i, source.weight, source.scale, source.moments))
+    (_, n1, n2), rows_of, pooled = walk_with(lead, [sources[i].x for i in full], pooled)
+    walked = [
+        Source(*at, i, sources[i].x.shape[-1], None, sources[i].columns.start, dx)
+        for (i, dx), at in zip(full.items(), rows_of, strict=True)
+    ]
+    averages = grad.new_empty(2, rows, dtype=torch.float32)
+    flags, num_sources, per_sample = presence(present, rows)
+    depth = sum(source.x.shape[-1] for source in sources)
     norm_backward_kernel[(triton.cdiv(rows, 8),)](
-        tuple(sources), present, num_sources, mean, rstd, norm_weight, max(1, weight.shape[1]), rows, n1, n2,
-        per_sample, SOURCES=len(sources), BLOCK_M=8, BLOCK_K=128, num_warps=8,
+        averages, tuple(walked), tuple(pooled), grad, height, flags, num_sources, *norm,
+        max(1, depth), rows, n1, n2, per_sample, SOURCES=len(walked), POOLED=len(pooled),
+        BLOCK_M=8, BLOCK_K=128, num_warps=8,
     )  # fmt: skip
-    return [dx.view(*lead, -1).sum_to_size(x.shape).to(x.dtype) for dx, x in zip(grads, inputs, strict=True)]
+    grads: list[Tensor | None] = []
+    for i, source in enumerate(sources):
+        if i in full:
+            grads.append(full[i].view(source.x.shape))
+        else:
+            grads.append(_grad_pooled(source, i, averages, norm[1], lead, present) if needs[i] else None)
+    return grads
+
+
+def _grad_pooled(
+    source: _Normed, number: int, averages: Tensor, rstd: Tensor, lead: torch.Size, present: Tensor | None
+) -> Tensor:
+    """Gradient of a pooled source under a norm; sums that cancel against each other are made in float64."""
+    assert source.moments is not None and source.away is not None
+    x, (plain, along), r = source.x, averages.double(), rstd.view(-1).double()
+    factors = torch.stack([r * (plain + source.away * along), r * r * along], -1)
+    sums, seen = row_sum(factors, lead, source.own, present, number)
+    of_one, of_x = sums.float().view(*x.shape[:-1], 2).split(1, -1)
+    d = _grad_input(source.g, source.weight, seen, number, torch.float32).view(x.shape)
+    if source.scale is not None:
+        d *= source.scale
+    dx = d - of_one - of_x * (x - source.moments[0])
+    return dx if seen is None else torch.where(_flags(seen, number, x.ndim), dx, 0)

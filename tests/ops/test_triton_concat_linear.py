@@ -5,7 +5,11 @@ import torch
 
 if not torch.cuda.is_available():
     pytest.importorskip("triton")
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
 from mmfast.kernels import _launch, concat_linear_backward
+from mmfast.kernels import concat_linear as kernels
 from mmfast.kernels.concat_linear import UNTUNED
 from mmfast.ops import backend, concat_linear, reference
 
@@ -22,11 +26,16 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(concat_linear_backward, "_CHUNK", 16)
 
 
-def both(shapes, width, seen=None, **options):
-    """Output and gradients by Triton, by the reference in the same dtype, and in float64."""
+def both(shapes, width, seen=None, far=0, **options):
+    """Output and gradients by Triton, by the reference in the same dtype, and in float64.
+
+    The sources' means are ``far`` away from each other and, but for the first, from 0.
+    """
     generator = torch.Generator().manual_seed(0)
     depth, lead = sum(s[-1] for s in shapes), torch.broadcast_shapes(*(s[:-1] for s in shapes))
     leaves = [torch.randn(s, generator=generator) for s in (*shapes, (width, depth), (width,))]
+    for i in range(len(shapes)):
+        leaves[i] += i * far
     if options.get("norm_eps"):
         leaves += [torch.randn(depth, generator=generator), torch.randn(depth, generator=generator)]
     columns = width // 2 if options.get("activation") == "swiglu" else width
@@ -60,6 +69,92 @@ def test_tiles_parts_and_chunks_add_up(small_tiles, per_sample, norm_eps):
     seen = torch.arange(3 * samples).view(samples, 3) % 5 > 1
     shapes = [(samples, per_sample, 17), (samples, 1, 18), (samples, per_sample, 5)]
     assert_close(both(shapes, 18, seen, norm_eps=norm_eps, activation="gelu"))
+
+
+# the pooled sources' own rows: along inner, outer and all dimensions; two that broadcast alike, and nothing else
+BROADCASTS = {
+    "inner": ([(3, 19, 17), (3, 1, 18)], 0),
+    "outer": ([(3, 19, 17), (19, 18)], 0),
+    "inner, outer and all": ([(3, 19, 17), (3, 1, 18), (1, 19, 5), (7,)], 0),
+    "alike": ([(3, 1, 18), (3, 19, 17), (3, 1, 9)], 0),
+    "pooled only": ([(3, 1, 18), (1, 19, 17)], 0),
+    "between others": ([(3, 5, 4, 6), (1, 5, 1, 7), (3, 1, 4, 8)], 0),
+    "far from 0 and apart": ([(3, 19, 17), (3, 1, 18), (1, 19, 5)], 1000),
+    "one feature": ([(3, 19, 17), (3, 1, 1), (1, 19, 1)], 1000),
+}
+
+
+@pytest.mark.parametrize("absence", [False, True], ids=["all present", "some absent"])
+@pytest.mark.parametrize(("shapes", "far"), BROADCASTS.values(), ids=BROADCASTS)
+def test_pooled_sources_under_a_norm(small_tiles, shapes, far, absence):
+    """With absence, an own row that several samples share is absent from some of them, or from all."""
+    seen = torch.tensor([[1, 0, 0, 1], [1, 1, 0, 0], [0, 1, 0, 1]]).bool() if absence else None
+    seen = seen[:, : len(shapes)] if absence else None
+    for activation in ("gelu", "swiglu"):
+        assert_close(both(shapes, 20, seen, far, norm_eps=1e-5, activation=activation))
+
+
+def test_a_pooled_source_in_half_precision_keeps_its_range():
+    """Centred it would leave float16's, and so would the sums of its gradient before they are scaled."""
+    shapes, generator = [(3, 19, 17), (3, 1, 18)], torch.Generator().manual_seed(0)
+    x, pooled = (torch.randn(shape, generator=generator) for shape in shapes)
+    weight, scale = torch.randn(20, 35, generator=generator) / 6, torch.randn(35, generator=generator)
+    leaves = [x, pooled * 2e4, weight, 8 * scale]
+    results = []
+    for op, dtype in ((concat_linear, torch.float16), (reference.concat_linear, torch.float16),
+                      (reference.concat_linear, torch.float64)):  # fmt: skip
+        cast = [t.half().to(DEVICE, dtype).requires_grad_() for t in leaves]
+        with backend("triton"):
+            out = op(cast[:2], cast[2], norm_eps=1e-5, norm_weight=cast[3])
+        results.append([out, *torch.autograd.grad(out.float().square().mean(), cast)])
+    assert_close(results)
+
+
+@pytest.mark.parametrize("norm_eps", [None, 1e-5])
+@pytest.mark.parametrize("absence", [False, True], ids=["all present", "some absent"])
+def test_a_pooled_source_is_nowhere_at_the_output_s_size(norm_eps, absence):
+    """It has 8 times fewer rows; what is made besides is no wider than the full source or the output."""
+    inputs = [torch.randn(shape, device=DEVICE) for shape in ((8, 8, 4), (8, 1, 512), (1, 8, 512))]
+    weight = torch.randn(4, 1028, device=DEVICE)
+    norm = torch.randn(2, 1028, device=DEVICE) if norm_eps else (None, None)
+    seen = torch.arange(24, device=DEVICE).view(8, 3) % 5 > 1 if absence else None
+    options = (seen, norm_eps, *norm, "gelu")
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            sizes.extend(t.untyped_storage().nbytes() for t in tree_leaves(made) if torch.is_tensor(t))
+            return made
+
+    with Sizes():
+        out, preact, *moments = kernels.concat_linear(inputs, weight, None, *options, None, None, True)
+        needs = [True] * 4 + [False] + [norm_eps is not None] * 2 + [False]
+        kernels.concat_linear_backward(
+            out, inputs, weight, *options, None, preact, *(moments or [None] * 2), needs
+        )
+    assert max(sizes) < 64 * 512 * 4 / 2
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="products are counted in the interpreter")
+def test_a_pooled_source_is_multiplied_at_its_own_size_under_a_norm_too(small_tiles, monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    create_dot, work = InterpreterBuilder.create_dot, []
+
+    def count(self, a, b, *more):
+        work.append(a.data.size * b.data.shape[1])
+        return create_dot(self, a, b, *more)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", count)
+    counts = {}
+    for norm_eps in (None, 1e-5):
+        work.clear()
+        both([(16, 16, 16), (16, 1, 256)], 16, norm_eps=norm_eps)
+        counts[norm_eps] = sum(work)
+    again = 16 * 256 * 16  # the backward projects it again
+    away = 256 * 16 * 16  # what centring left out of the weight's gradient
+    assert counts[1e-5] <= counts[None] + again + away
 
 
 @pytest.fixture

@@ -69,7 +69,9 @@ def graphs() -> list[Graph]:
     attentions = [
         *(_two_streams(batch) for batch in (1, 4, 16)),
         *(_one_stream(batch, 64) for batch in (1, 4, 16, 64)),
+        *(_one_stream(batch, 128, heads=4) for batch in (1, 4, 16)),
         *(_written_out(8 * batch, 64) for batch in (1, 4, 16, 64)),
+        *(_written_out(batch, 128) for batch in (4, 16, 64)),
         *(_written_out(batch, 256) for batch in (1, 4, 16)),
     ]
     losses = [(2048, 128), (4096, 128), (4096, 256), (4096, 512), (8192, 512)]
@@ -120,7 +122,7 @@ def works(device: str | None = None) -> list[Work]:
     for dtype in (torch.float32, torch.bfloat16):
         for graph in graphs():
             size = (graph.op, torch.device(device), dtype, graph.flops, graph.saved, graph.head)
-            left = _worth.why_not(*size)
+            left = _worth.why_not(*size, written=graph.function is written_out)
             small = f"{graph.saved:.2g} saved" if graph.saved else f"{graph.flops:.2g} operations"
             made.append(
                 Work(

@@ -112,6 +112,7 @@ def find(body: Body, node: Node, claimed: set[Node]) -> Match | Left | None:
         saved=0.0,
         what=key.in_words(masks is not None),
         ordinary=ordinary,
+        written_out=name(node) == "matmul",
         head=depth,
         keeps_output=True,
     )

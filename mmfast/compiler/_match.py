@@ -36,6 +36,7 @@ class Match:
     what: str  # in words
     keeps_output: bool = False  # for the backward
     ordinary: bool = False  # PyTorch has a kernel for it too, which is harder to beat
+    written_out: bool = False  # as two products and a softmax
     head: int = 0  # features of a head, of an attention
 
 

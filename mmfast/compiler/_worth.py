@@ -33,9 +33,8 @@ def why_not(
     size = "ordinary" if head else "flops"
     if size not in least and "saved" not in least:
         return f"it is not measured in {name}"
-    if head and (
-        head < least.get("ordinary_head", 0) or (written and head > least.get("written_head", head))
-    ):
+    widest = least.get("written_head", head) if written else head
+    if head and not least.get("ordinary_head", 0) <= head <= widest:
         return f"not faster: heads of {head} features, over one stream, without a mask"
     if flops >= least.get(size, math.inf) or saved >= least.get("saved", math.inf):
         return ""

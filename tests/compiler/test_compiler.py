@@ -405,6 +405,21 @@ def test_narrow_heads_over_one_stream_are_left_to_pytorch_in_float32(features, l
 
 
 @needs_kernels
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("features", [64, 128])
+def test_products_of_wide_heads_are_left_unless_there_is_a_mask(features, masked):
+    def attend(query, key, seen):
+        logits = query @ key.mT
+        logits = logits.masked_fill(~seen[:, None], -torch.inf) if masked else logits
+        return logits.softmax(-1) @ key
+
+    call, found, _ = rewritten(attend, only_faster=True)
+    query, key = torch.randn(1, 4000, features), torch.randn(1, 2000, features)
+    call(query, key, torch.ones(1, 2000, dtype=torch.bool))
+    assert [finding.replaced for finding in found] == [masked or features == 64]
+
+
+@needs_kernels
 def test_what_nobody_has_measured_is_left(monkeypatch):
     monkeypatch.setattr("mmfast.compiler._worth.measured", lambda op, device: {"compiler": {}})
     for name in ("sdpa", "clip"):

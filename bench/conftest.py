@@ -61,7 +61,7 @@ def rounds(
     It times one function after the other, and fair rounds hold all variants: so the timer that it reads here
     is one that replays what ``measure`` has timed.
     """
-    if variant in measured.failed:
+    if variant in measured.failed and variant not in measured.seconds:
         pytest.fail(measured.failed[variant], pytrace=False)
     if variant not in measured.seconds:
         pytest.skip(f"{variant} does not do this work")

@@ -301,7 +301,8 @@ def project_centred(
     mean, rstd = moments
     pooled = _project(x, number, weight, (mean, rstd, norm_weight, None))
     along = _times(weight, norm_weight)
-    return pooled._replace(data=pooled.data / rstd, mean=mean, rstd=rstd, along=along)
+    # 0 where the variance overflows, as in the norm itself
+    return pooled._replace(data=pooled.data / rstd.clamp_min(1e-30), mean=mean, rstd=rstd, along=along)
 
 
 def _project(x: Tensor, number: int, weight: Tensor, norm: tuple[Tensor | None, ...]) -> Pooled:

@@ -74,19 +74,22 @@ def rewrite(module: GraphModule, *, only_faster: bool = True) -> list[Finding]:
         for plan in plans:
             written.append({})
             _write(plan, written[-1])
+        findings = [
+            Finding(
+                one.op,
+                where(one.node),
+                isinstance(one, Match),
+                one.what if isinstance(one, Match) else one.why,
+            )
+            for plan in plans
+            for one in plan.found
+        ]
     except Exception:
         for plan in plans:
             for node in reversed(plan.body.graph.nodes):
                 if node not in plan.body.order:
                     plan.body.graph.erase_node(node)
         raise
-    findings = [
-        Finding(
-            one.op, where(one.node), isinstance(one, Match), one.what if isinstance(one, Match) else one.why
-        )
-        for plan in plans
-        for one in plan.found
-    ]
     for plan, instead in zip(plans, written, strict=True):
         _replace(plan, instead)
     return findings

@@ -82,7 +82,9 @@ def explain(model: Callable[..., Any], *inputs: Any, **named: Any) -> Explanatio
     alone: dict[str, Any] = {"isolate_recompiles": True} if ISOLATES else {}
     with torch.random.fork_rng(), _borrowed(model) as ours:
         calls = [
-            functools.partial(_step, torch.compile(ours, backend=backend, **alone), _weights(ours))
+            functools.partial(
+                _step, torch.compile(ours, backend=backend, **alone), _weights(ours), ours is model
+            )
             for backend in (ALONE, recorded)
         ]
         backward = all([call(*_copies((inputs, named))) for call in calls])  # compiled here
@@ -100,7 +102,11 @@ def _weights(model: Callable[..., Any]) -> list[nn.Parameter]:
 
 
 def _step(
-    call: Callable[..., Any], weights: list[nn.Parameter], inputs: tuple[Any, ...], named: dict[str, Any]
+    call: Callable[..., Any],
+    weights: list[nn.Parameter],
+    itself: bool,
+    inputs: tuple[Any, ...],
+    named: dict[str, Any],
 ) -> bool:
     """Runs forward and, where there is one, backward; says whether there was one."""
     given = [t for t in tree_leaves((inputs, named)) if isinstance(t, Tensor) and t.requires_grad]
@@ -109,7 +115,7 @@ def _step(
     if not outputs or not wanted:
         return False
     total = torch.stack([t.float().sum() for t in outputs]).sum()
-    if weights:  # of sharded ones, only a whole backward pass makes gradients
+    if weights and itself:  # of sharded ones, only a whole backward pass makes gradients
         total.backward()
         for p in weights:
             p.grad = None
@@ -170,7 +176,8 @@ def _copies(tree: Any) -> Any:
         if id(t) not in own:
             plain = type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided
             new = _strided(t) if plain else copy.deepcopy(t.detach())
-            new.__dict__.update(t.__dict__)  # torch._dynamo.mark_dynamic
+            if plain:
+                new.__dict__.update(t.__dict__)  # torch._dynamo.mark_dynamic
             own[id(t)] = new.requires_grad_(t.requires_grad)
         return own[id(t)]
 

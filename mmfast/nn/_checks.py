@@ -17,23 +17,26 @@ def require_known(layer: nn.Module, argument: str, given: Any, known: Collection
 
 
 def require_inputs(
-    layer: nn.Module, inputs: Any, widths: Sequence[int], dtype: torch.dtype | None = None
+    layer: nn.Module, inputs: Any, widths: Sequence[int], weight: Tensor | None = None
 ) -> None:
-    """A tensor ``[..., width]`` for each of the widths; of one ``dtype``, unless autocast casts."""
+    """A tensor ``[..., width]`` for each of the widths, of the dtype of ``weight`` if that is given."""
     require_tensors(_name(layer), "inputs", inputs)
     if len(inputs) != len(widths):
         raise wrong(_name(layer), "inputs", f"{len(inputs)} tensors", f"{len(widths)}")
     for i, (x, width) in enumerate(zip(inputs, widths, strict=True)):
         if x.dim() == 0 or x.shape[-1] != width:
             raise wrong(_name(layer), f"inputs[{i}]", x.shape, f"[..., {width}]")
-        if dtype is not None:
-            require_dtype(layer, f"inputs[{i}]", x, dtype)
+        if weight is not None:
+            require_dtype(layer, f"inputs[{i}]", x, weight)
 
 
-def require_dtype(layer: nn.Module, argument: str, given: Tensor, dtype: torch.dtype) -> None:
-    """That of the parameters, unless autocast casts."""
-    if given.dtype != dtype and not torch.is_autocast_enabled(given.device.type):
-        raise wrong(_name(layer), argument, given.dtype, f"the parameters' {dtype}")
+def require_dtype(layer: nn.Module, argument: str, given: Tensor, weight: Tensor) -> None:
+    """That of the layer's weight, unless autocast casts, or ``fully_shard`` may yet cast the weight."""
+    if given.dtype == weight.dtype or type(weight) is not nn.Parameter:
+        return
+    device = given.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        raise wrong(_name(layer), argument, given.dtype, f"the parameters' {weight.dtype}")
 
 
 def require_broadcast(layer: nn.Module, inputs: Sequence[Tensor]) -> torch.Size:
@@ -101,7 +104,7 @@ def require_lengths(layer: nn.Module, argument: str, given: Any, batch: int) -> 
     if given is None:
         return
     if not isinstance(given, Tensor) or given.dtype not in INTEGERS or given.shape != (batch,):
-        raise wrong(_name(layer), argument, described(given), f"integers [{batch}]")
+        raise wrong(_name(layer), argument, described(given), f"int32 or int64 [{batch}]")
 
 
 def require(layer: nn.Module, fits: bool, argument: str, got: Any, wanted: str, *numbers: int) -> None:

@@ -191,10 +191,10 @@ class CrossModalAttention(nn.Module):
         """
         lengths, masks = {} if lengths is None else lengths, {} if masks is None else masks
         require_streams(self, sources, self.sources, lengths=lengths, masks=masks)
-        width, dtype = self.heads * self.head_dim, self.query.weight.dtype
+        width, weight = self.heads * self.head_dim, self.query.weight
         fits = isinstance(x, Tensor) and x.dim() == 3 and x.shape[2] == width
         require(self, fits, "x", x.shape if isinstance(x, Tensor) else x, f"[B, L, {width}]")
-        require_dtype(self, "x", x, dtype)
+        require_dtype(self, "x", x, weight)
         batch, n = len(x), len(self.sources)
         require_flags(self, "present", present, (batch, n), (batch, x.shape[1], n))
         query = self.query_norm(self.query([x]).unflatten(-1, (self.heads, self.head_dim)))  # [B, L, H, D]
@@ -203,7 +203,7 @@ class CrossModalAttention(nn.Module):
             source, length, mask = sources[name], lengths.get(name), masks.get(name)
             fits = source.dim() == 3 and source.shape[0] == batch and source.shape[2] == self.widths[i]
             require(self, fits, f"{name} in sources", source.shape, "[{}, S, {}]", batch, self.widths[i])
-            require_dtype(self, f"{name} in sources", source, dtype)
+            require_dtype(self, f"{name} in sources", source, weight)
             require_lengths(self, f"{name} in lengths", length, batch)
             require_flags(self, f"{name} in masks", mask, (batch, source.shape[1]))
             there = _there(source, length, mask, None if present is None else present[..., i])

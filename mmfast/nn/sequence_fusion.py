@@ -195,7 +195,7 @@ def _tokens(
         width = weight.shape[1]
         fits = x.dim() == 3 and len(x) == len(first) and x.shape[2] == width
         require(layer, fits, f"{name} in sources", x.shape, "[{}, S, {}]", len(first), width)
-        require_dtype(layer, f"{name} in sources", x, weight.dtype)
+        require_dtype(layer, f"{name} in sources", x, weight)
         require_lengths(layer, f"{name} in lengths", length, len(x))
         if length is None:
             length = torch.full((len(x),), x.shape[1], dtype=torch.int64, device=x.device)

@@ -189,7 +189,7 @@ def _project(
 ) -> list[Tensor]:
     """Each modality through its own layer, where it is there; else the layer's bias."""
     layers = fusion.project
-    require_inputs(fusion, inputs, fusion.in_features, cast(ConcatLinear, layers[0]).weight.dtype)
+    require_inputs(fusion, inputs, fusion.in_features, cast(ConcatLinear, layers[0]).weight)
     lead = require_broadcast(fusion, inputs)
     if present is None:
         return [layer([x]) for layer, x in zip(layers, inputs, strict=True)]

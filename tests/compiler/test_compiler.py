@@ -560,6 +560,7 @@ def test_copies_of_inputs_are_leaves_of_the_same_strides():
         "wide": torch.randn(3, 1).expand(3, 5),
         "weight": weight,
         "again": [weight, history],
+        "two": TwoTensor(torch.randn(3), torch.randn(3)),
         "conjugate": torch.randn(3, dtype=torch.complex64).conj(),
         "empty": torch.empty(0, 3),
         "number": 3,
@@ -568,10 +569,11 @@ def test_copies_of_inputs_are_leaves_of_the_same_strides():
     before, after = (tree_leaves(tree) for tree in (given, made))
     for one, other in zip(before[:-1], after[:-1], strict=True):
         assert one is not other and torch.equal(one, other)
-        assert one.data_ptr() != other.data_ptr() or not one.numel()
+        assert one.data_ptr() != other.data_ptr() or not one.data_ptr()
         assert (one.stride(), one.requires_grad) == (other.stride(), other.requires_grad)
         assert other.is_leaf
     assert made["again"][0] is made["weight"] and made["number"] == 3
+    assert made["two"].a is not given["two"].a
     assert made["rows"].untyped_storage().nbytes() == 16 * 4  # not of the whole
 
 
@@ -663,12 +665,13 @@ def test_sizes_that_only_the_data_tell_in_a_checkpointed_region():
     assert len(found) == 1 and "only the data tell" in found[0].why
 
 
-def test_a_written_out_attention_may_be_edited_once_it_is_given_back():
+@pytest.mark.parametrize("heads", [(), (2,)])
+def test_a_written_out_attention_may_be_edited_once_it_is_given_back(heads):
     def attend(q, k1, k2):
-        keys = torch.cat([k1, k2], 2)
+        keys = torch.cat([k1, k2], -2)
         return (q @ keys.mT * 0.1).softmax(-1) @ keys
 
-    inputs = [torch.randn(2, 2, n, 4, requires_grad=True) for n in (3, 5, 6)]
+    inputs = [torch.randn(2, *heads, n, 4, requires_grad=True) for n in (3, 5, 6)]
     gradients = []
     call, found, _ = rewritten(attend)
     for function in (call, attend):

@@ -299,7 +299,7 @@ WRONG = {
         ValueError,
         {"sources": {"image": torch.ones(B, 9, 24), "sound": torch.ones(B, 21, 11)}},
     ),
-    r"sound in lengths is torch.int64 \[3\], wanted integers \[4\]": (
+    r"sound in lengths is torch.int64 \[3\], wanted int32 or int64 \[4\]": (
         ValueError,
         {"lengths": {"sound": torch.ones(3, dtype=torch.int64)}},
     ),

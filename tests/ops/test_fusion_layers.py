@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from check import compiled
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from mmfast.nn import (
@@ -284,11 +284,13 @@ OF_SEQUENCES = {
     },
     "lengths is a Tensor, wanted a tensor for each name": {"lengths": torch.ones(4).int()},
     "lengths has 'imgae', wanted one of image, text, audio": {"lengths": {"imgae": torch.ones(4).int()}},
-    r"text in lengths is torch.float32 \[4\], wanted integers \[4\]": {"lengths": {"text": torch.ones(4)}},
-    r"text in lengths is torch.int32 \[2\], wanted integers \[4\]": {
+    r"text in lengths is torch.float32 \[4\], wanted int32 or int64 \[4\]": {
+        "lengths": {"text": torch.ones(4)}
+    },
+    r"text in lengths is torch.int32 \[2\], wanted int32 or int64 \[4\]": {
         "lengths": {"text": torch.ones(2).int()}
     },
-    "text in lengths is a int, wanted integers": {"lengths": {"text": 3}},
+    "text in lengths is a int, wanted int32 or int64": {"lengths": {"text": 3}},
 }
 OF_QUERIES = {
     r"x is \[4, 2, 7\], wanted \[B, L, 8\]": {"x": torch.zeros(4, 2, 7)},
@@ -405,3 +407,16 @@ def test_checkpointing_compile_and_fsdp2_together(make, one_rank):
     model.layer.compile(fullgraph=True, backend="aot_eager")
     for ours, theirs in zip(step(model, lambda model: model(given)), meant, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_half_precision_reaches_parts_that_are_sharded_by_themselves(make, one_rank):
+    layer = make()
+    given, policy = fitting(layer), MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for part in [m for m in layer.modules() if isinstance(m, ConcatLinear) and m is not layer]:
+        fully_shard(part, mesh=one_rank, mp_policy=policy)
+    fully_shard(layer, mesh=one_rank, mp_policy=policy)
+    out = layer(**given)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())

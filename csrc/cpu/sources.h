@@ -8,12 +8,12 @@ namespace mmfast {
 template <class T>
 struct Source {
   const T* data;
-  int64_t depth, column;      // D_i and the first of its columns in the weight
-  Shape sizes, strides;       // its own leading dimensions, 1 where it is broadcast
-  int64_t rows;               // of its own
-  bool full;                  // a row of its own for each of the output's
-  std::vector<char> present;  // [B]; empty: everywhere
-  bool anywhere = true;
+  int64_t depth, column;        // D_i and the first of its columns in the weight
+  Shape sizes, strides;         // its own leading dimensions, 1 where it is broadcast
+  int64_t rows;                 // of its own
+  bool full;                    // a row of its own for each of the output's
+  std::vector<char> present;    // [B]; empty: everywhere
+  bool anywhere = true;         // is any of them 1? every row asks
   std::vector<int64_t> row_of;  // own row of each output row; empty when full
 
   int64_t row(int64_t r) const { return full ? r : row_of[r]; }

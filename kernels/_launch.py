@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -124,6 +125,12 @@ def lead_of(op: str, inputs: Sequence[Tensor]) -> torch.Size:
             f"{op}: got {lead.numel()} rows, wanted fewer than 2**30, as Triton's kernels count them"
         )
     return lead
+
+
+def columns_of(inputs: Sequence[Tensor]) -> list[slice]:
+    """Each source's columns of the weight."""
+    ends = list(accumulate(x.shape[-1] for x in inputs))
+    return [slice(end - x.shape[-1], end) for end, x in zip(ends, inputs, strict=True)]
 
 
 def collapse(lead: Sequence[int], tensors: Sequence[Tensor]) -> tuple[Triple, list[Triple]] | None:

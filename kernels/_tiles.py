@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import triton
@@ -40,12 +39,6 @@ class Pooled(NamedTuple):
     rstd: Tensor | None = None  # [..., 1]
     moment_strides: Triple = (0, 0, 0)
     along: Tensor | None = None  # [O], its block of the weight @ the norm's weight
-
-
-def columns_of(inputs: Sequence[Tensor]) -> list[slice]:
-    """Each source's columns of the weight."""
-    ends = list(accumulate(x.shape[-1] for x in inputs))
-    return [slice(end - x.shape[-1], end) for end, x in zip(ends, inputs, strict=True)]
 
 
 def walk_with(

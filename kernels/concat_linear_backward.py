@@ -23,6 +23,7 @@ from mmfast.kernels._activations import activate, derivative, tanh
 from mmfast.kernels._launch import (
     aligned,
     blocks,
+    columns_of,
     configuration,
     contiguous,
     dense,
@@ -39,7 +40,6 @@ from mmfast.kernels._launch import (
 from mmfast.kernels._tiles import (
     Source,
     any_of,
-    columns_of,
     load_row,
     load_tile,
     multiply,

@@ -3,10 +3,13 @@
 Each source is multiplied by its own columns of the weight. Where nothing can be absent and nothing but relu
 is asked of the sum, cuBLASLt makes the output at once: it takes on one source after another, and the last
 product adds what does not differ along rows, pooled sources and bias, as that product's bias. In half
-precision, where the output is too narrow for sums, that is one source. Else products are float32, and the
-epilogue broadcasts the pooled ones, selects what is present, and applies bias, activation, gate and residual.
-The product of an absent source is made and left unread. A norm is plain PyTorch for now, and makes a
-normalised copy of each source.
+precision, where the output is too narrow for sums, that is one source.
+
+Else the sources that have a row for every output row are added up in one float32 sum, one after another; of
+one that may be absent, or that a norm is taken of, there is a copy meanwhile. The epilogue adds the pooled
+ones, where they are present, which were multiplied at their own size, and applies bias, activation, gate and
+residual. So it is under a norm too, by the maths of ``csrc/cpu/concat_linear.h``; statistics, and in the
+backward what couples the sources, are plain PyTorch.
 """
 
 import functools
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfast.kernels._launch import lead_of, row_sum, walk
+from mmfast.kernels._launch import columns_of, lead_of, own_lead, row_sum, walk
 from mmfast.ops._backend import LIB
 
 LIB.define(
@@ -25,8 +28,9 @@ LIB.define(
     "bool tf32, Tensor(a!) workspace, Tensor(b!) out) -> bool"
 )
 LIB.define(
-    "concat_linear_epilogue.cuda(Tensor[] products, int[] sources, int[] walks, Tensor? present, "
-    "Tensor? bias, str activation, Tensor? residual, Tensor? gate, Tensor(a!) out, Tensor(b!)? preact) -> ()"
+    "concat_linear_epilogue.cuda(Tensor[] products, int[] sources, Tensor[] means, Tensor[] along, "
+    "Tensor? mean, Tensor? rstd, int[] walks, Tensor? present, Tensor? bias, str activation, "
+    "Tensor? residual, Tensor? gate, Tensor(a!) out, Tensor(b!)? preact) -> ()"
 )
 LIB.define(
     "concat_linear_epilogue_backward.cuda(Tensor grad, Tensor? preact, Tensor? gate, str activation, "
@@ -46,38 +50,62 @@ def concat_linear(
 ) -> list[Tensor]:  # fmt: skip
     """The forward, for up to 16 sources; arguments and results as of ``torch.ops.mmfast.concat_linear``.
 
-    Copied first: sources whose rows ``torch.mm`` cannot walk, and what ``mmfast.kernels._launch.walk`` does;
-    before cuBLASLt makes the output, sources, weight and residual whose rows overlap, are not dense or are
-    not evenly apart. It works in 32 MiB of memory.
+    Copied first: sources that have all rows and may be absent or are normed, one at a time, and what
+    ``mmfast.kernels._launch.walk`` does; before cuBLASLt multiplies, sources, weight and residual whose rows
+    overlap, are not dense or are not evenly apart. It works in 32 MiB of memory.
     """
     lead = lead_of("concat_linear", inputs)
     height = weight.shape[0]
     width = height // 2 if activation == "swiglu" else height
     out = weight.new_empty(*lead, width)
     preact = weight.new_empty(*lead, height) if save else None
-    made = [out] if preact is None else [out, preact]
+    mean = rstd = None
     if norm_eps is not None:
-        seen, depth = _selected(inputs, lead, present), max(1, weight.shape[1])
-        mean = torch.stack([x.sum(-1) for x in seen]).sum(0) / depth  # [...]
-        squares = [(x - mean.unsqueeze(-1)).square().sum(-1) for x in seen]
-        rstd = (torch.stack(squares).sum(0) / depth + norm_eps).rsqrt()
-        made += [mean, rstd]
-        normalised = _normalised(seen, mean, rstd)
-        inputs = [x.to(weight.dtype) for x in _scaled(normalised, norm_weight, norm_bias)]
-        present = None
+        mean, rstd = _statistics(inputs, lead, present, norm_eps)
+    made = [t for t in (out, preact, mean, rstd) if t is not None]
     if out.numel() == 0:
         return made
 
-    blocks = weight.split([x.shape[-1] for x in inputs], dim=1)
+    columns = columns_of(inputs)
+    blocks = [weight[:, own] for own in columns]
     if len(made) == 1 and present is None and gate is None and activation in ("none", "relu"):
         if _make_at_once(out, inputs, blocks, bias, residual, activation):
             return made
-    products = [_product(x, block) for x, block in zip(inputs, blocks, strict=True)]  # [..., O] in float32
+    total: Tensor | None = None  # of the sources with all rows, [..., O] in float32
+    products, sources, means, along = [], [], [], []
+    for i, (x, block, own) in enumerate(zip(inputs, blocks, columns, strict=True)):
+        scale = None if norm_weight is None else norm_weight[own]
+        if not _is_pooled(x, lead):
+            x = _where(present, i, x, lead)
+            if mean is not None and rstd is not None:
+                shift = None if norm_bias is None else norm_bias[own]
+                x = _affine(_normed(x, mean, rstd), scale, shift).to(weight.dtype)
+            total = _add_product(total, x, block)
+        elif mean is None:
+            products.append(_product(x, block))
+            sources.append(i)
+        else:
+            product, m = _centred_product(x, block, scale)
+            products.append(product)
+            sources.append(i)
+            means.append(m)
+            along.append(_times(block, scale))
+            if norm_bias is not None:
+                constant = _times(block, norm_bias[own])
+                bias = constant if bias is None else bias + constant
+    if total is not None:
+        products.append(total)
+        sources.append(-1)  # what is absent was selected away, or has its share in the norm
+    if bias is not None and bias.dtype != weight.dtype:  # with what the norm's bias makes, in float32
+        products.append(bias)
+        sources.append(-1)
+        bias = None
     added = [] if residual is None else [residual.expand(*residual.shape[:-1], width)]
-    sizes, tensors, strides = walk(lead, [*products, *added])
-    walks = [*sizes, *(step for steps in strides for step in steps)]
+    sizes, tensors, strides = walk(lead, [*products, *means, *added])
+    ends = len(products), len(products) + len(means)
     EPILOGUE(
-        tensors[: len(products)], list(range(len(products))), walks, _dense(present), _dense(bias),
+        tensors[: ends[0]], sources, tensors[slice(*ends)], along, mean, rstd,
+        [*sizes, *(step for steps in strides for step in steps)], _dense(present), _dense(bias),
         activation, tensors[-1] if added else None, _dense(gate), out, preact,
     )  # fmt: skip
     return made
@@ -98,44 +126,91 @@ def concat_linear_backward(
         return [weight.new_zeros(shape) for shape, needed in zip(shapes, needs, strict=True) if needed]
 
     g, grad_bias, grad_gate = _before_activation(grad, preact, gate, activation, height)  # [rows, O or 2 O]
-    widths = [x.shape[-1] for x in inputs]
-    blocks, columns = weight.split(widths, dim=1), weight.new_empty(height, depth)
+    grad_weight = weight.new_empty(height, depth)
     grads: list[Any] = []
     norm_sums: list[Any] = [None, None]
     if mean is not None and rstd is not None:
-        x_hats = _normalised(_selected(inputs, lead, present), mean, rstd)
-        scaled = _scaled(x_hats, norm_weight, norm_bias)
-        for x, column in zip(scaled, columns.split(widths, dim=1), strict=True):
-            column.copy_(g.t() @ _rows(x.to(dtype)))
-        dys = [(g @ block).float().view(*lead, block.shape[1]) for block in blocks]
-        rows = list(range(len(lead)))
-        norm_sums = [
-            torch.cat([(dy * x).sum(rows) for dy, x in zip(dys, x_hats, strict=True)]),
-            torch.cat([dy.sum(rows) for dy in dys]),
-        ]
-        dys = _scaled(dys, norm_weight, None)
-        plain = torch.stack([dy.sum(-1) for dy in dys]).sum(0).unsqueeze(-1) / max(1, depth)
-        along = [(dy * x).sum(-1) for dy, x in zip(dys, x_hats, strict=True)]
-        slope = torch.stack(along).sum(0).unsqueeze(-1) / max(1, depth)
-        dxs = [rstd.unsqueeze(-1) * (dy - plain - x * slope) for dy, x in zip(dys, x_hats, strict=True)]
-        dxs = _selected(dxs, lead, present)
-        grads = [dx.sum_to_size(x.shape).to(dtype) for dx, x in zip(dxs, inputs, strict=True)]
+        norm = mean, rstd, norm_weight, norm_bias
+        grads, norm_sums = _normed_backward(g, grad_bias, inputs, lead, weight, present, norm, grad_weight)
     else:
-        for i, (x, block) in enumerate(zip(inputs, blocks, strict=True)):
-            own = torch.Size((1,) * (len(lead) + 1 - x.ndim)) + x.shape[:-1]
-            mine, seen = g, present
+        for i, (x, columns) in enumerate(zip(inputs, columns_of(inputs), strict=True)):
+            own, mine, seen, block = own_lead(x, lead), g, present, weight[:, columns]
             if own.numel() < lead.numel():
                 mine, seen = row_sum(g, lead, own, present, i)  # [own rows, O], float32
             dx = (mine @ block.to(mine.dtype)).view(*own, x.shape[-1])
-            x = x.view(*own, x.shape[-1])
-            if seen is not None:
-                flag = seen[:, i].view(-1, *[1] * len(own))
-                dx, x = torch.where(flag, dx, 0), torch.where(flag, x, 0)
-            grads.append(dx.to(dtype).view(inputs[i].shape))
-            column = columns.split(widths, dim=1)[i]
-            column.copy_(mine.t() @ _rows(x).to(mine.dtype))
-    grads += [columns, grad_bias, *norm_sums, grad_gate]
+            x = _where(seen, i, x, own)
+            grads.append(_where(seen, i, dx, own).to(dtype).view(inputs[i].shape))
+            grad_weight[:, columns] = mine.t() @ _rows(x).to(mine.dtype)
+    grads += [grad_weight, grad_bias, *norm_sums, grad_gate]
     return [t.to(dtype) for t, needed in zip(grads, needs, strict=True) if needed]
+
+
+def _normed_backward(
+    g: Tensor, grad_bias: Tensor, inputs: Sequence[Tensor], lead: torch.Size, weight: Tensor,
+    present: Tensor | None, norm: tuple[Tensor, Tensor, Tensor | None, Tensor | None], grad_weight: Tensor,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """Gradients of the sources and of the norm's two vectors; writes that of the weight.
+
+    With dy = g @ weight * norm_weight, and x^ the normed concatenation of depth D, a source's gradient is
+    rstd (dy - plain - x^ along) where plain = sum(dy) / D and along = sum(dy x^) / D. Of a row that was
+    broadcast it is the sum over the rows it went to, and g is summed before it is multiplied.
+    """
+    mean, rstd, norm_weight, norm_bias = norm
+    dtype, depth = weight.dtype, max(1, weight.shape[1])
+    grads, norm_sums = [], [g.new_empty(weight.shape[1], dtype=torch.float32) for _ in range(2)]
+    plain, along = (torch.zeros_like(mean) for _ in range(2))  # [...]
+    wide = g.view(*lead, -1)
+    weighted = _rows(wide * rstd.unsqueeze(-1)) if any(_is_pooled(x, lead) for x in inputs) else None
+    pooled = {}
+    for i, (x, columns) in enumerate(zip(inputs, columns_of(inputs), strict=True)):
+        block = weight[:, columns]
+        scale = None if norm_weight is None else norm_weight[columns]
+        shift = None if norm_bias is None else norm_bias[columns]
+        norm_sums[1][columns] = grad_bias @ block.float()
+        if weighted is None or not _is_pooled(x, lead):
+            x_hat = _normed(_where(present, i, x, lead), mean, rstd)
+            grad_weight[:, columns] = g.t() @ _rows(_affine(x_hat, scale, shift).to(dtype))
+            dy = (g @ block).view(x_hat.shape)
+            norm_sums[0][columns] = _rows(dy * x_hat).sum(0)
+            grads.append(dy)
+            dy = _affine(dy.float(), scale, None)
+            plain += dy.sum(-1)
+            along += (dy * x_hat).sum(-1)
+        else:
+            own = own_lead(x, lead)
+            mine, seen = row_sum(weighted, lead, own, present, i)  # [own rows, O]
+            product, m = _centred_product(x, block, scale)
+            centred = _rows(_where(seen, i, x - m, own))  # [own rows, D_i]
+            away = rstd * (_where(present, i, m, lead).squeeze(-1) - mean)  # [...]
+            rest = _rows(wide * away.unsqueeze(-1)).sum(0)  # [O]
+            column = mine.t() @ _affine(centred, scale, None)
+            column += rest.unsqueeze(1) * (1 if scale is None else scale)
+            column += 0 if shift is None else grad_bias.unsqueeze(1) * shift
+            grad_weight[:, columns] = column
+            dy = mine @ block.float()
+            norm_sums[0][columns] = (dy * centred).sum(0) + rest @ block.float()
+            grads.append(_affine(dy, scale, None).view(*own, x.shape[-1]))
+            sums = (wide * _times(block, scale)).sum(-1)
+            plain += sums
+            along += away * sums + rstd * _where(present, i, wide * product, lead).sum(-1)
+            pooled[i] = own, seen, centred, away
+
+    plain, along = plain / depth, along / depth
+    for i, (x, columns) in enumerate(zip(inputs, columns_of(inputs), strict=True)):
+        if i in pooled:
+            own, seen, centred, away = pooled[i]
+            # in float64: these cancel against each other
+            factors = torch.stack([rstd * (plain + away * along), rstd.double().square() * along], -1)
+            sums, _ = row_sum(_rows(factors), lead, own, present, i)
+            of_one, of_x = sums.float().split(1, -1)  # [own rows, 1]
+            dx = _where(seen, i, grads[i] - (of_one + of_x * centred).view(grads[i].shape), own)
+        else:
+            scale = None if norm_weight is None else norm_weight[columns]
+            x_hat = _normed(_where(present, i, x, lead), mean, rstd)
+            dx = _affine(grads[i].float(), scale, None) - plain.unsqueeze(-1) - x_hat * along.unsqueeze(-1)
+            dx = _where(present, i, dx * rstd.unsqueeze(-1), lead)
+        grads[i] = dx.to(dtype).view(x.shape)
+    return grads, norm_sums
 
 
 def _before_activation(
@@ -224,26 +299,74 @@ def _in_rows(x: Tensor, batch: int) -> Tensor:
     return x if x.stride(2) == 1 and (x.stride(1) >= x.shape[2] or x.shape[1] == 1) else x.contiguous()
 
 
-def _selected(tensors: Sequence[Tensor], lead: torch.Size, present: Tensor | None) -> list[Tensor]:
-    """Each at every row in float32, zeros where it is absent."""
-    wide = [t.float().expand(*lead, t.shape[-1]) for t in tensors]
-    if present is None:
-        return wide
-    return [torch.where(present[:, i].view(-1, *[1] * len(lead)), t, 0) for i, t in enumerate(wide)]
+def _add_product(total: Tensor | None, x: Tensor, weight: Tensor) -> Tensor | None:
+    """``total`` + ``x`` [..., D] @ ``weight`` [O, D] transposed, in float32; ``total`` where D is 0."""
+    if x.shape[-1] == 0:
+        return total
+    made = x.new_empty(*x.shape[:-1], len(weight), dtype=torch.float32) if total is None else total
+    rows = made.view(1, -1, len(weight))
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    if PRODUCTS(
+        [_in_rows(x, 1)], [_in_rows(weight, 1)[0]], None, None if total is None else rows, tf32,
+        x.new_empty(WORKSPACE, dtype=torch.uint8), rows,
+    ):  # fmt: skip
+        return made
+    product = _product(x, weight)
+    return product if total is None else total.add_(product)
 
 
-def _normalised(tensors: Sequence[Tensor], mean: Tensor, rstd: Tensor) -> list[Tensor]:
-    return [(t - mean.unsqueeze(-1)) * rstd.unsqueeze(-1) for t in tensors]
+def _statistics(
+    inputs: Sequence[Tensor], lead: torch.Size, present: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / standard deviation [...] of each row of the concatenation, from those of its parts."""
+    widths = [x.shape[-1] for x in inputs]
+    depth = max(1, sum(widths))
+    moments = [[_where(present, i, t, lead).squeeze(-1) for t in _moments(x)] for i, x in enumerate(inputs)]
+    mean = torch.stack([n * m for n, (m, _) in zip(widths, moments, strict=True)]).sum(0) / depth
+    squares = [n * (v + (m - mean).square()) for n, (m, v) in zip(widths, moments, strict=True)]
+    return mean, (torch.stack(squares).sum(0) / depth + eps).rsqrt()
 
 
-def _scaled(tensors: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None) -> list[Tensor]:
-    """Each source times its columns of ``scale`` plus those of ``shift``."""
-    ends, out = 0, []
-    for t in tensors:
-        mine = slice(ends, ends := ends + t.shape[-1])
-        t = t if scale is None else t * scale[mine]
-        out.append(t if shift is None else t + shift[mine])
-    return out
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance [..., 1] of a source's own rows."""
+    width = max(1, x.shape[-1])
+    mean = x.sum(-1, keepdim=True, dtype=torch.float32) / width
+    return mean, (x - mean).square().sum(-1, keepdim=True) / width
+
+
+def _centred_product(x: Tensor, weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``(x - its mean) * scale`` @ ``weight`` transposed in float32, and the mean [..., 1].
+
+    What is multiplied has variance 1, so that it is in the range of half precision.
+    """
+    mean, variance = _moments(x)
+    to_one = (variance + 1e-30).rsqrt().clamp_min(1e-30)
+    unit = _affine((x - mean) * to_one, scale, None).to(x.dtype)
+    return _product(unit, weight) / to_one, mean
+
+
+def _is_pooled(x: Tensor, lead: torch.Size) -> bool:
+    return x.shape[:-1].numel() < lead.numel()
+
+
+def _where(present: Tensor | None, number: int, x: Tensor, lead: torch.Size) -> Tensor:
+    """``x`` at the leading dimensions ``lead``, 0 where source ``number`` is absent."""
+    x = x.expand(*lead, x.shape[-1])
+    return x if present is None else torch.where(present[:, number].view(-1, *[1] * len(lead)), x, 0)
+
+
+def _normed(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    return (x - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+
+
+def _affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    x = x if scale is None else x * scale
+    return x if shift is None else x + shift
+
+
+def _times(weight: Tensor, vector: Tensor | None) -> Tensor:
+    """``weight`` [O, D] @ ``vector`` [D] in float32, whatever PyTorch's products are made in; None: ones."""
+    return (weight if vector is None else weight * vector.float()).sum(1, dtype=torch.float32)
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:

@@ -17,18 +17,23 @@ Activation activation_of(const std::string& name) {
 
 int64_t step_of(const std::optional<Tensor>& gate) { return gate && gate->numel() > 1 ? 1 : 0; }
 
-// walks: the three leading sizes, then three strides of every product, then three of the residual if it is
-// there.
+// walks: the three leading sizes, then three strides of every product, of every mean and of the residual if
+// it is there.
 void epilogue(const std::vector<Tensor>& products, const std::vector<int64_t>& sources,
+              const std::vector<Tensor>& means, const std::vector<Tensor>& along,
+              const std::optional<Tensor>& mean, const std::optional<Tensor>& rstd,
               const std::vector<int64_t>& walks, const std::optional<Tensor>& present,
               const std::optional<Tensor>& bias, const std::string& activation,
               const std::optional<Tensor>& residual, const std::optional<Tensor>& gate, const Tensor& out,
               const std::optional<Tensor>& preact) {
   STD_TORCH_CHECK(products.size() <= kProducts, "concat_linear: got ", products.size(),
                   " products, wanted at most ", kProducts);
+  const size_t walked = products.size() + means.size() + (residual ? 1 : 0);
+  STD_TORCH_CHECK(sources.size() == products.size() && walks.size() == 3 * (walked + 1),
+                  "concat_linear: sources and walks do not fit the products");
   STD_TORCH_CHECK(
-      sources.size() == products.size() && walks.size() == 3 * (products.size() + (residual ? 2 : 1)),
-      "concat_linear: sources and walks do not fit the products");
+      means.size() <= products.size() && along.size() == means.size() && (means.empty() || (mean && rstd)),
+      "concat_linear: the norm does not fit the products");
   Forward f{};
   f.rows = walks[0] * walks[1] * walks[2];
   f.n1 = walks[1];
@@ -44,7 +49,14 @@ void epilogue(const std::vector<Tensor>& products, const std::vector<int64_t>& s
     f.products[i] = rows_of(products[i], i);
     f.sources[i] = sources[i];
   }
-  if (residual) f.residual = rows_of(*residual, products.size());
+  f.num_centred = static_cast<int32_t>(means.size());
+  for (size_t i = 0; i < means.size(); ++i) {
+    f.means[i] = rows_of(means[i], products.size() + i);
+    f.along[i] = static_cast<const float*>(along[i].mutable_data_ptr());
+  }
+  f.mean = static_cast<const float*>(data_of(mean));
+  f.rstd = static_cast<const float*>(data_of(rstd));
+  if (residual) f.residual = rows_of(*residual, walked - 1);
   f.present = static_cast<const bool*>(data_of(present));
   f.num_sources = present ? present->size(1) : 1;
   f.per_sample = present ? f.rows / present->size(0) : 1;

@@ -11,7 +11,7 @@ namespace mmfast {
 
 enum class Activation : int32_t { none, relu, gelu, silu, swiglu };
 
-constexpr int kProducts = 16;
+constexpr int kProducts = 17;  // of 16 sources, and what is the same for all rows
 
 // Rows of a tensor that is broadcast to the output: rows are counted through leading dimensions (.., n1, n2).
 // There are fewer than 2^31 of them, and they are divided in 32 bits, which a GPU does several times faster
@@ -22,15 +22,22 @@ struct Rows {
 };
 
 // out = residual + tanh(gate) * activation(sum of products + bias); preact is what the activation saw.
+//
+// Under a norm the first num_centred products are those of sources that are broadcast: each of their rows was
+// centred on its own mean m before it was multiplied, and stands for
+// rstd (product + (m - mean) along), along being weight @ norm_weight; of an absent one, product = m = 0.
 struct Forward {
   int64_t rows, width, n1, n2, per_sample, num_sources;
-  int32_t num_products;
+  int32_t num_products, num_centred;
+  Rows products[kProducts];       // float, [.., width], for swiglu [.., 2 width]
+  int64_t sources[kProducts];     // each product's column of present; -1: it is there for every row
+  Rows means[kProducts];          // of the centred ones, float, [.., 1]
+  const float* along[kProducts];  // [width], for swiglu [2 width]
+  const float *mean, *rstd;       // [rows], of the output rows
   Activation activation;
-  Rows products[kProducts];    // float, [.., width], for swiglu [.., 2 width]
-  int64_t sources[kProducts];  // each product's column of present
-  const bool* present;         // [rows / per_sample, num_sources]
-  const void* bias;            // [width], for swiglu [2 width]
-  const void* gate;            // at gate[column * gate_step]
+  const bool* present;  // [rows / per_sample, num_sources]
+  const void* bias;     // [width], for swiglu [2 width]
+  const void* gate;     // at gate[column * gate_step]
   int64_t gate_step;
   Rows residual;
   void* out;     // [rows, width]
@@ -98,12 +105,17 @@ MM_DEVICE int64_t offset(const Rows& rows, int64_t n1, int64_t n2, int64_t row) 
 template <class T>
 MM_DEVICE float before_activation(const Forward& f, int64_t row, int64_t column) {
   const int64_t sample = static_cast<uint32_t>(row) / static_cast<uint32_t>(f.per_sample);
-  float sum = f.bias ? at<T>(f.bias, column) : 0.0f;
+  float sum = 0.0f;
   for (int i = 0; i < f.num_products; ++i) {
-    if (f.present && !f.present[sample * f.num_sources + f.sources[i]]) continue;
-    sum += at<float>(f.products[i].data, offset(f.products[i], f.n1, f.n2, row) + column);
+    const bool seen = !f.present || f.sources[i] < 0 || f.present[sample * f.num_sources + f.sources[i]];
+    if (i < f.num_centred) {
+      const float m = seen ? at<float>(f.means[i].data, offset(f.means[i], f.n1, f.n2, row)) : 0.0f;
+      sum += (m - f.mean[row]) * f.along[i][column];
+    }
+    if (seen) sum += at<float>(f.products[i].data, offset(f.products[i], f.n1, f.n2, row) + column);
+    if (i + 1 == f.num_centred) sum *= f.rstd[row];
   }
-  return sum;
+  return sum + (f.bias ? at<T>(f.bias, column) : 0.0f);
 }
 
 template <class T>

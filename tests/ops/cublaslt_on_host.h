@@ -168,8 +168,11 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t product, co
   const bool half_tf32 = p.compute == CUBLAS_COMPUTE_32F_FAST_TF32 && A.type != CUDA_R_32F;
   if (half_tf32 || p.scale != CUDA_R_32F || has_bias != (p.bias != nullptr) || workspace > asked.workspace)
     return CUBLAS_STATUS_NOT_SUPPORTED;
+  // of half precision it makes the same or float32
+  if (B.type != A.type || C.type != D.type || (D.type != A.type && D.type != CUDA_R_32F))
+    return CUBLAS_STATUS_NOT_SUPPORTED;
   for (const Layout* l : {&A, &B, &C, &D})
-    if (l->type != A.type || l->batch != D.batch || l->step < static_cast<int64_t>(l->rows))
+    if (l->batch != D.batch || l->step < static_cast<int64_t>(l->rows))
       return CUBLAS_STATUS_INVALID_VALUE;
   if (c == d && std::memcmp(&C, &D, sizeof C)) return CUBLAS_STATUS_INVALID_VALUE;
   const bool flipped = p.of_a == CUBLAS_OP_T;

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from check import assert_promised, worst
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mmfast.ops import reference
 
@@ -40,7 +42,8 @@ class Rows(ctypes.Structure):
 class Forward(ctypes.Structure):
     _fields_ = [
         *((name, I64) for name in ("rows", "width", "n1", "n2", "per_sample", "num_sources")),
-        ("num_products", I32), ("activation", I32), ("products", Rows * 16), ("sources", I64 * 16),
+        ("num_products", I32), ("num_centred", I32), ("products", Rows * 17), ("sources", I64 * 17),
+        ("means", Rows * 17), ("along", POINTER * 17), ("mean", POINTER), ("rstd", POINTER), ("activation", I32),
         ("present", POINTER), ("bias", POINTER), ("gate", POINTER), ("gate_step", I64), ("residual", Rows),
         ("out", POINTER), ("preact", POINTER),
     ]  # fmt: skip
@@ -82,16 +85,20 @@ def step(gate):
 def epilogue(host, monkeypatch):
     """The composition with loops on the host for the two launches; arguments as the C++ binding fills them."""
 
-    def forward(products, sources, walks, present, bias, activation, residual, gate, out, preact):
-        walked = [*products, *([] if residual is None else [residual])]
+    def forward(
+        products, sources, means, along, mean, rstd, walks, present, bias, activation, residual, gate, out, preact
+    ):  # fmt: skip
+        walked = [*products, *means, *([] if residual is None else [residual])]
         rows = [Rows(t.data_ptr(), (I64 * 3)(*walks[3 * i + 3 :][:3])) for i, t in enumerate(walked)]
         count = walks[0] * walks[1] * walks[2]
         host.forward(
             ctypes.byref(
                 Forward(
                     count, out.shape[-1], walks[1], walks[2], 1 if present is None else count // len(present),
-                    1 if present is None else present.shape[1], len(products), ACTIVATIONS.index(activation),
-                    (Rows * 16)(*rows[: len(products)]), (I64 * 16)(*sources), pointer(present), pointer(bias),
+                    1 if present is None else present.shape[1], len(products), len(means),
+                    (Rows * 17)(*rows[: len(products)]), (I64 * 17)(*sources),
+                    (Rows * 17)(*rows[len(products) :][: len(means)]), (POINTER * 17)(*map(pointer, along)),
+                    pointer(mean), pointer(rstd), ACTIVATIONS.index(activation), pointer(present), pointer(bias),
                     pointer(gate), step(gate), Rows() if residual is None else rows[-1], pointer(out), pointer(preact),
                 )
             )
@@ -107,6 +114,7 @@ def epilogue(host, monkeypatch):
             )
         )  # fmt: skip
 
+    monkeypatch.setattr(cuda, "PRODUCTS", lambda *args: False)  # no cuBLASLt: torch.mm multiplies
     monkeypatch.setattr(cuda, "EPILOGUE", forward)
     monkeypatch.setattr(cuda, "EPILOGUE_BACKWARD", backward)
 
@@ -153,12 +161,58 @@ def test_the_composition_agrees_with_the_reference_in_float64(epilogue, shapes, 
         check(generator, shapes, norm, activation, width, seen)
 
 
-def check(generator, shapes, norm, activation, gate_width, seen):
+# the pooled sources' own rows: along inner, outer and all dimensions; alike; and nothing else
+BROADCASTS = {
+    "inner, outer and all": (((3, 19, 17), (3, 1, 18), (1, 19, 5), (7,)), 0),
+    "alike": (((3, 1, 18), (3, 19, 17), (3, 1, 9)), 0),
+    "pooled only": (((3, 1, 18), (1, 19, 17)), 0),
+    "far from 0 and apart": (((3, 19, 17), (3, 1, 18), (1, 19, 5)), 1000),
+    "one feature": (((3, 19, 17), (3, 1, 1), (1, 19, 1)), 1000),
+    "no features": (((3, 19, 17), (3, 1, 0), (3, 19, 0)), 0),
+    "sixteen": (((3, 1, 2), (3, 4, 2), *[(3, 1, 1)] * 14), 0),
+}
+
+
+@pytest.mark.parametrize("seen", (False, True), ids=("all present", "some absent"))
+@pytest.mark.parametrize(("shapes", "far"), BROADCASTS.values(), ids=BROADCASTS)
+def test_pooled_sources_under_a_norm(epilogue, shapes, far, seen):
+    for activation in ("gelu", "swiglu"):
+        check(torch.Generator().manual_seed(0), shapes, True, activation, 4, seen, far)
+
+
+@pytest.mark.parametrize("norm", (False, True), ids=("plain", "norm"))
+@pytest.mark.parametrize("seen", (False, True), ids=("all present", "some absent"))
+def test_no_tensor_is_as_wide_as_the_concatenation(epilogue, monkeypatch, norm, seen):
+    """Nothing is wider than one source with all rows, and a pooled source is nowhere at the output's size."""
+    inputs = [torch.randn(shape) for shape in (*[(8, 8, 64)] * 6, (8, 1, 512), (1, 8, 512))]
+    depth = sum(x.shape[-1] for x in inputs)
+    weight, flags = torch.randn(16, depth), torch.rand(8, len(inputs)) < 0.5 if seen else None
+    scale, shift = torch.randn(2, depth) if norm else (None, None)
+    options = (flags, 1e-5 if norm else None, scale, shift, "gelu")
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            sizes.extend(t.untyped_storage().nbytes() for t in tree_leaves(made) if torch.is_tensor(t))
+            return made
+
+    monkeypatch.setattr(cuda, "WORKSPACE", 0)
+    with Sizes():
+        out, preact, *moments = cuda.concat_linear(inputs, weight, None, *options, None, None, True)
+        needs = [True] * len(inputs) + [True, False, norm, norm, False]
+        cuda.concat_linear_backward(
+            out, inputs, weight, *options, None, preact, *(moments or (None, None)), needs
+        )
+    assert max(sizes) <= max(64 * 64 * 4, weight.nbytes)
+
+
+def check(generator, shapes, norm, activation, gate_width, seen, far=0):
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).float()  # noqa: E731
     lead = torch.broadcast_shapes(*(s[:-1] for s in shapes))
     depth, width = sum(s[-1] for s in shapes), 4
     height = 2 * width if activation == "swiglu" else width
-    leaves = {f"input {i}": draw(*s) for i, s in enumerate(shapes)}
+    leaves = {f"input {i}": draw(*s) + far * (i + 1) for i, s in enumerate(shapes)}
     leaves |= {"weight": draw(height, depth) / depth**0.5, "bias": draw(height)}
     leaves |= {"norm_weight": draw(depth), "norm_bias": draw(depth)} if norm else {}
     leaves |= {"gate": draw(gate_width)} if gate_width else {}

@@ -22,7 +22,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 from mmfast import ops
-from mmfast.bench.measure import Call, Result, Work
+from mmfast.bench.measure import Call, Result, Work, multiplies
 from mmfast.data import DataConfig, Image
 from mmfast.models import FusionModel, ImageResNet, ModelConfig
 from mmfast.models.fusion import AttentionFusion, Features
@@ -68,11 +68,15 @@ def works(device: str | None = None) -> list[Work]:
         "mmfast float32": functools.partial(ours, JOB, device, precision="fp32"),
         "stock": functools.partial(stock, JOB, device),
         "stock compiled": functools.partial(stock, JOB, device, compiled=True),
-        "stock bfloat16": functools.partial(stock, JOB, device, half=True),
-        "stock compiled bfloat16": functools.partial(stock, JOB, device, compiled=True, half=True),
     }
     computed_in = dict.fromkeys(("mmfast", "mmfast eager"), auto)
-    computed_in |= dict.fromkeys(("stock bfloat16", "stock compiled bfloat16"), torch.bfloat16)
+    if multiplies(torch.bfloat16, device):
+        half = {
+            "stock bfloat16": functools.partial(stock, JOB, device, half=True),
+            "stock compiled bfloat16": functools.partial(stock, JOB, device, compiled=True, half=True),
+        }
+        variants |= half
+        computed_in |= dict.fromkeys(half, torch.bfloat16)
     return [
         Work(
             name="attention fusion, half absent: training step",

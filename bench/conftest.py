@@ -9,7 +9,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from rich.console import Console
 
-from mmfast.bench.measure import Result, Work, ceilings, measure
+from mmfast.bench.measure import Result, Work, ceilings, measure, multiplies
 from mmfast.bench.report import RESULTS, Machine, Record
 
 _DONE = pytest.StashKey[dict[str, list[Result]]]()  # by the module that asked
@@ -41,6 +41,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def measured(request: pytest.FixtureRequest) -> Result:
     """All variants of one piece of work, measured together when the first of them is asked for."""
     work: Work = request.param
+    dtype = work.computed_in.get(next(iter(work.variants)), work.dtype)
+    if not multiplies(dtype, work.device):
+        pytest.skip(f"PyTorch has no instructions for products of {dtype} on this {work.device}")
     torch.compiler.reset()
     rates = request.config.stash[_CEILINGS].setdefault(work.device, {})
     # Before the work, since a GPU that it breaks answers nothing any more. A CPU that others use too has slow

@@ -260,20 +260,25 @@ def length_mix(seed: int, rows: int, longest: int) -> Tensor:
     return lengths
 
 
-def ceilings(
-    device: str, dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16)
-) -> dict[str, float]:
+def multiplies(dtype: torch.dtype, device: str) -> bool:
+    """Whether PyTorch's products of ``dtype`` are a peer's, not a loop over numbers.
+
+    On a CPU without AVX-512 those of bfloat16 are: they take a hundred times float32's, and nobody uses them.
+    """
+    return dtype != torch.bfloat16 or device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def ceilings(device: str) -> dict[str, float]:
     """What this machine does at best: GEMM FLOP/s at 2048³ by dtype, copy bytes/s (read and written)."""
 
     def best(call: Call, *args: Tensor) -> float:
-        # PyTorch takes half a minute for a product of bfloat16 on processors that have no instructions for it
-        if (once := _elapsed(call, [args], device)) > 1:
-            return once
-        _elapsed(call, [args] * 2, device)
+        _elapsed(call, [args] * 3, device)
         return min(_elapsed(call, [args] * 5, device) / 5 for _ in range(5))
 
     found = {}
-    for dtype in dtypes:
+    for dtype in (torch.float32, torch.bfloat16):
+        if not multiplies(dtype, device):
+            continue
         a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
         found[f"gemm_{_name(dtype)}"] = 2 * 2048**3 / best(torch.mm, a, b)
     source = torch.ones(2**26 if device == "cpu" else 2**30, device=device)  # beyond every cache

@@ -156,6 +156,22 @@ def collapse(lead: Sequence[int], tensors: Sequence[Tensor]) -> tuple[Triple, li
     return (n0, n1, n2), list(zip(steps0, steps1, steps2, strict=True))
 
 
+def times(weight: Tensor, vector: Tensor | None) -> Tensor:
+    """``weight`` [O, D] @ ``vector`` [D] in float32, whatever PyTorch's products are made in; None: ones."""
+    return (weight if vector is None else weight * vector.float()).sum(1, dtype=torch.float32)
+
+
+def unit(x: Tensor, mean: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``(x - mean) * scale`` at a mean square of 1, and what that takes [..., 1].
+
+    So it is in the range of half precision.
+    """
+    centred = (x - mean) * (1 if scale is None else scale)
+    square = centred.square().sum(-1, keepdim=True) / max(1, x.shape[-1])
+    to_one = (square + 1e-30).rsqrt().clamp_min(1e-30)  # not 0 where the square overflows
+    return (centred * to_one).to(x.dtype), to_one
+
+
 def dense(tensor: Tensor) -> Tensor:
     """The tensor itself where its last dimension is dense, else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
@@ -182,6 +198,15 @@ def presence(present: Tensor | None, rows: int) -> tuple[Tensor | None, int, int
     if present is None:
         return None, 1, 1
     return present.contiguous(), present.shape[1], rows // present.shape[0]
+
+
+def is_pooled(x: Tensor, lead: torch.Size, normed: bool) -> bool:
+    """Whether a source has fewer rows than the output, and is multiplied at its own size.
+
+    Under a norm one of few features is not, which costs next to nothing: its gradient is what is left where
+    most of the sums over the rows would cancel.
+    """
+    return x.shape[:-1].numel() < lead.numel() and not (normed and x.shape[-1] < 8)
 
 
 def own_lead(x: Tensor, lead: torch.Size) -> torch.Size:

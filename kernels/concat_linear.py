@@ -38,10 +38,13 @@ from mmfast.kernels._launch import (
     contiguous,
     dense,
     described,
+    is_pooled,
     lead_of,
     on,
     presence,
     row_step,
+    times,
+    unit,
     use_descriptors,
     walk,
 )
@@ -280,7 +283,11 @@ def _take_statistics(
 
 def project(x: Tensor, number: int, weight: Tensor) -> Pooled:
     """A pooled source ``[..., D]`` times its block of the weight ``[O, D]``."""
-    return _project(x, number, weight, (None,) * 4)
+    out = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=torch.float32)
+    sizes, (x,), (strides,) = walk(x.shape[:-1], [x])
+    source, norm = Source(x, strides, 0, x.shape[-1], weight), (None,) * 4
+    _run(out, None, [source], [], weight, None, (None, 1, 1), norm, (None, None), None, sizes, "none")
+    return Pooled(out, (0, 0, 0), number, x.shape[-1])
 
 
 def own_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -299,23 +306,9 @@ def project_centred(
 ) -> Pooled:
     """The same under a norm."""
     mean, rstd = moments
-    pooled = _project(x, number, weight, (mean, rstd, norm_weight, None))
-    along = _times(weight, norm_weight)
-    # 0 where the variance overflows, as in the norm itself
-    return pooled._replace(data=pooled.data / rstd.clamp_min(1e-30), mean=mean, rstd=rstd, along=along)
-
-
-def _project(x: Tensor, number: int, weight: Tensor, norm: tuple[Tensor | None, ...]) -> Pooled:
-    out = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=torch.float32)
-    sizes, (x,), (strides,) = walk(x.shape[:-1], [x])
-    source = Source(x, strides, 0, x.shape[-1], weight)
-    _run(out, None, [source], [], weight, None, (None, 1, 1), norm, (None, None), None, sizes, "none")
-    return Pooled(out, (0, 0, 0), number, x.shape[-1])
-
-
-def _times(weight: Tensor, vector: Tensor | None) -> Tensor:
-    """``weight`` [O, D] @ ``vector`` [D] in float32, whatever PyTorch's products are made in; None: ones."""
-    return (weight if vector is None else weight * vector.float()).sum(1, dtype=torch.float32)
+    centred, to_one = unit(x, mean, norm_weight)
+    pooled = project(centred, number, weight)
+    return pooled._replace(data=pooled.data / to_one, mean=mean, rstd=rstd, along=times(weight, norm_weight))
 
 
 def concat_linear(
@@ -347,7 +340,7 @@ def concat_linear(
     with on(weight.device):
         full, pooled = [], []
         for i, x in enumerate(inputs):
-            if x.shape[:-1].numel() == rows:
+            if not is_pooled(x, lead, norm_eps is not None):
                 full.append(i)
             elif norm_eps is None:
                 pooled.append(project(x, i, blocks[i]))
@@ -355,7 +348,7 @@ def concat_linear(
                 scale = None if norm_weight is None else norm_weight[columns[i]]
                 pooled.append(project_centred(x, i, blocks[i], scale, own_moments(x)))
                 if norm_bias is not None:
-                    start = _times(blocks[i], norm_bias[columns[i]])
+                    start = times(blocks[i], norm_bias[columns[i]])
                     bias = start if bias is None else bias + start
         added = [] if residual is None else [residual.expand(*residual.shape[:-1], width)]
         sizes, rows_of, pooled = walk_with(lead, [*(inputs[i] for i in full), *added], pooled)

@@ -28,6 +28,7 @@ from mmfast.kernels._launch import (
     contiguous,
     dense,
     described,
+    is_pooled,
     lead_of,
     on,
     own_lead,
@@ -336,7 +337,7 @@ def concat_linear_backward(
         if mean is None or rstd is None:
             for i, (x, columns) in enumerate(zip(inputs, columns_of(inputs), strict=True)):
                 block, g, own, seen = weight[:, columns], grad, lead, present
-                if x.shape[:-1].numel() < rows:
+                if is_pooled(x, lead, False):
                     own = own_lead(x, lead)
                     g, seen = row_sum(grad, lead, own, present, i)  # [own rows, O]
                 if need_inputs[i]:
@@ -458,7 +459,7 @@ def _under_norm(
     for i, (x, columns) in enumerate(zip(inputs, columns_of(inputs), strict=True)):
         scale = None if norm_weight is None else norm_weight[columns]
         source = _Normed(x, columns, weight[:, columns], scale, grad, lead, present)
-        if x.shape[:-1].numel() < rows:
+        if is_pooled(x, lead, True):
             if weighted is None:
                 weighted = grad * rstd.view(rows, 1)
             own, moments = own_lead(x, lead), own_moments(x)
@@ -531,7 +532,9 @@ def _grad_normed_inputs(
     grads: list[Tensor | None] = []
     for i, source in enumerate(sources):
         if i in full:
-            grads.append(full[i].view(source.x.shape))
+            dx, own = full[i], own_lead(source.x, lead)
+            dx = dx if own == lead else row_sum(dx, lead, own, None, i)[0]
+            grads.append(dx.view(source.x.shape))
         else:
             grads.append(_grad_pooled(source, i, averages, norm[1], lead, present) if needs[i] else None)
     return grads

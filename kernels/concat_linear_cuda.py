@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfast.kernels._launch import columns_of, lead_of, own_lead, row_sum, walk
+from mmfast.kernels._launch import columns_of, is_pooled, lead_of, own_lead, row_sum, times, unit, walk
 from mmfast.ops._backend import LIB
 
 LIB.define(
@@ -48,11 +48,12 @@ def concat_linear(
     norm_eps: float | None, norm_weight: Tensor | None, norm_bias: Tensor | None, activation: str,
     residual: Tensor | None, gate: Tensor | None, save: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """The forward, for up to 16 sources; arguments and results as of ``torch.ops.mmfast.concat_linear``.
+    """The forward; arguments and results are those of ``torch.ops.mmfast.concat_linear``.
 
-    Copied first: sources that have all rows and may be absent or are normed, one at a time, and what
-    ``mmfast.kernels._launch.walk`` does; before cuBLASLt multiplies, sources, weight and residual whose rows
-    overlap, are not dense or are not evenly apart. It works in 32 MiB of memory.
+    It is for any number of sources with all rows, and up to 16 that are broadcast. Copied first: sources that
+    have all rows and are normed or, where there are several, may be absent, one at a time and in float32 on
+    the way; what ``mmfast.kernels._launch.walk`` does; and before cuBLASLt multiplies, sources, weight and
+    residual whose rows overlap, are not dense or are not evenly apart. It works in 32 MiB of memory.
     """
     lead = lead_of("concat_linear", inputs)
     height = weight.shape[0]
@@ -71,12 +72,17 @@ def concat_linear(
     if len(made) == 1 and present is None and gate is None and activation in ("none", "relu"):
         if _make_at_once(out, inputs, blocks, bias, residual, activation):
             return made
+    full = [i for i, x in enumerate(inputs) if not is_pooled(x, lead, mean is not None)]
+    if len(inputs) - len(full) > 16:
+        raise ValueError(f"inputs: got {len(inputs) - len(full)} that are broadcast, wanted at most 16")
+    selects = len(full) == 1 and mean is None  # the epilogue can, what is one source's own product
     total: Tensor | None = None  # of the sources with all rows, [..., O] in float32
     products, sources, means, along = [], [], [], []
     for i, (x, block, own) in enumerate(zip(inputs, blocks, columns, strict=True)):
         scale = None if norm_weight is None else norm_weight[own]
-        if not _is_pooled(x, lead):
-            x = _where(present, i, x, lead)
+        if i in full:
+            if not selects:
+                x = _where(present, i, x, lead)
             if mean is not None and rstd is not None:
                 shift = None if norm_bias is None else norm_bias[own]
                 x = _affine(_normed(x, mean, rstd), scale, shift).to(weight.dtype)
@@ -89,13 +95,13 @@ def concat_linear(
             products.append(product)
             sources.append(i)
             means.append(m)
-            along.append(_times(block, scale))
+            along.append(times(block, scale))
             if norm_bias is not None:
-                constant = _times(block, norm_bias[own])
+                constant = times(block, norm_bias[own])
                 bias = constant if bias is None else bias + constant
     if total is not None:
         products.append(total)
-        sources.append(-1)  # what is absent was selected away, or has its share in the norm
+        sources.append(full[0] if selects else -1)  # what is absent was selected away, or is normed
     if bias is not None and bias.dtype != weight.dtype:  # with what the norm's bias makes, in float32
         products.append(bias)
         sources.append(-1)
@@ -135,7 +141,7 @@ def concat_linear_backward(
     else:
         for i, (x, columns) in enumerate(zip(inputs, columns_of(inputs), strict=True)):
             own, mine, seen, block = own_lead(x, lead), g, present, weight[:, columns]
-            if own.numel() < lead.numel():
+            if is_pooled(x, lead, False):
                 mine, seen = row_sum(g, lead, own, present, i)  # [own rows, O], float32
             dx = (mine @ block.to(mine.dtype)).view(*own, x.shape[-1])
             x = _where(seen, i, x, own)
@@ -158,16 +164,16 @@ def _normed_backward(
     mean, rstd, norm_weight, norm_bias = norm
     dtype, depth = weight.dtype, max(1, weight.shape[1])
     grads, norm_sums = [], [g.new_empty(weight.shape[1], dtype=torch.float32) for _ in range(2)]
-    plain, along = (torch.zeros_like(mean) for _ in range(2))  # [...]
+    plain, along = (torch.zeros_like(mean, dtype=torch.float64) for _ in range(2))  # [...]
     wide = g.view(*lead, -1)
-    weighted = _rows(wide * rstd.unsqueeze(-1)) if any(_is_pooled(x, lead) for x in inputs) else None
+    weighted = _rows(wide * rstd.unsqueeze(-1)) if any(is_pooled(x, lead, True) for x in inputs) else None
     pooled = {}
     for i, (x, columns) in enumerate(zip(inputs, columns_of(inputs), strict=True)):
         block = weight[:, columns]
         scale = None if norm_weight is None else norm_weight[columns]
         shift = None if norm_bias is None else norm_bias[columns]
         norm_sums[1][columns] = grad_bias @ block.float()
-        if weighted is None or not _is_pooled(x, lead):
+        if weighted is None or not is_pooled(x, lead, True):
             x_hat = _normed(_where(present, i, x, lead), mean, rstd)
             grad_weight[:, columns] = g.t() @ _rows(_affine(x_hat, scale, shift).to(dtype))
             dy = (g @ block).view(x_hat.shape)
@@ -190,25 +196,26 @@ def _normed_backward(
             dy = mine @ block.float()
             norm_sums[0][columns] = (dy * centred).sum(0) + rest @ block.float()
             grads.append(_affine(dy, scale, None).view(*own, x.shape[-1]))
-            sums = (wide * _times(block, scale)).sum(-1)
+            sums = (wide * times(block, scale)).sum(-1)
             plain += sums
             along += away * sums + rstd * _where(present, i, wide * product, lead).sum(-1)
             pooled[i] = own, seen, centred, away
 
-    plain, along = plain / depth, along / depth
+    plain, along = (plain / depth).float(), (along / depth).float()
     for i, (x, columns) in enumerate(zip(inputs, columns_of(inputs), strict=True)):
         if i in pooled:
             own, seen, centred, away = pooled[i]
             # in float64: these cancel against each other
-            factors = torch.stack([rstd * (plain + away * along), rstd.double().square() * along], -1)
+            factors = torch.stack([rstd * (plain + away * along), rstd.square() * along], -1).double()
             sums, _ = row_sum(_rows(factors), lead, own, present, i)
             of_one, of_x = sums.float().split(1, -1)  # [own rows, 1]
             dx = _where(seen, i, grads[i] - (of_one + of_x * centred).view(grads[i].shape), own)
         else:
             scale = None if norm_weight is None else norm_weight[columns]
             x_hat = _normed(_where(present, i, x, lead), mean, rstd)
-            dx = _affine(grads[i].float(), scale, None) - plain.unsqueeze(-1) - x_hat * along.unsqueeze(-1)
-            dx = _where(present, i, dx * rstd.unsqueeze(-1), lead)
+            dx = _affine(grads[i].float(), scale, None) - plain.unsqueeze(-1)
+            dx -= x_hat * along.unsqueeze(-1)
+            dx = _where(present, i, dx * rstd.unsqueeze(-1), lead).sum_to_size(x.shape)
         grads[i] = dx.to(dtype).view(x.shape)
     return grads, norm_sums
 
@@ -279,13 +286,17 @@ def _make_at_once(
         [_in_rows(blocks[i], 1)[0] for i in dense],
         bias,
         None if residual is None else _in_rows(residual, batch),
-        out.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
+        _tf32(out.dtype),
         out.new_empty(WORKSPACE, dtype=torch.uint8),
         out.view(batch, -1, width),
     )
     if made and activation == "relu":
         out.relu_()
     return made
+
+
+def _tf32(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -305,14 +316,12 @@ def _add_product(total: Tensor | None, x: Tensor, weight: Tensor) -> Tensor | No
         return total
     made = x.new_empty(*x.shape[:-1], len(weight), dtype=torch.float32) if total is None else total
     rows = made.view(1, -1, len(weight))
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     if PRODUCTS(
-        [_in_rows(x, 1)], [_in_rows(weight, 1)[0]], None, None if total is None else rows, tf32,
+        [_in_rows(x, 1)], [_in_rows(weight, 1)[0]], None, None if total is None else rows, _tf32(x.dtype),
         x.new_empty(WORKSPACE, dtype=torch.uint8), rows,
     ):  # fmt: skip
         return made
-    product = _product(x, weight)
-    return product if total is None else total.add_(product)
+    return _product(x, weight) if total is None else total.add_(_product(x, weight))
 
 
 def _statistics(
@@ -335,18 +344,10 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _centred_product(x: Tensor, weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``(x - its mean) * scale`` @ ``weight`` transposed in float32, and the mean [..., 1].
-
-    What is multiplied has variance 1, so that it is in the range of half precision.
-    """
-    mean, variance = _moments(x)
-    to_one = (variance + 1e-30).rsqrt().clamp_min(1e-30)
-    unit = _affine((x - mean) * to_one, scale, None).to(x.dtype)
-    return _product(unit, weight) / to_one, mean
-
-
-def _is_pooled(x: Tensor, lead: torch.Size) -> bool:
-    return x.shape[:-1].numel() < lead.numel()
+    """``(x - its mean) * scale`` @ ``weight`` transposed in float32, and the mean [..., 1]."""
+    mean, _ = _moments(x)
+    centred, to_one = unit(x, mean, scale)
+    return _product(centred, weight) / to_one, mean
 
 
 def _where(present: Tensor | None, number: int, x: Tensor, lead: torch.Size) -> Tensor:
@@ -356,17 +357,13 @@ def _where(present: Tensor | None, number: int, x: Tensor, lead: torch.Size) -> 
 
 
 def _normed(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    return (x - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+    return (x - mean.unsqueeze(-1)).mul_(rstd.unsqueeze(-1))
 
 
 def _affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """``x * scale + shift``, where there are such."""
     x = x if scale is None else x * scale
     return x if shift is None else x + shift
-
-
-def _times(weight: Tensor, vector: Tensor | None) -> Tensor:
-    """``weight`` [O, D] @ ``vector`` [D] in float32, whatever PyTorch's products are made in; None: ones."""
-    return (weight if vector is None else weight * vector.float()).sum(1, dtype=torch.float32)
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:

@@ -8,7 +8,9 @@
 //   x^_r @ (norm_weight W_i).T = rstd_r ((p - m) norm_weight) @ W_i.T + rstd_r (m - mean_r) u_i
 //
 // for a pooled row p of mean m (an absent one: p = m = 0), so that these too are multiplied once. Centring
-// each row on its own mean first keeps the difference exact however large the means are.
+// each row on its own mean first keeps the difference exact however large the means are. But the gradient of
+// a source of few features is what is left where most of the sums over its output rows would cancel: it is
+// taken for a full one, which costs next to nothing.
 #pragma once
 
 #include <cmath>
@@ -21,6 +23,8 @@
 
 namespace mmfast {
 namespace {  // a copy for each of the two files
+
+constexpr int64_t FEW_FEATURES = 8;
 
 Activation activation_of(const std::string& name) {
   const char* names[] = {"none", "relu", "gelu", "silu", "swiglu"};
@@ -65,6 +69,7 @@ struct Problem {
     for (size_t i = 0; i < inputs.size(); ++i) {
       held.push_back(dense(inputs[i]));
       Source<T> s = source<T>(held.back(), column, lead);
+      if (norm && s.depth < FEW_FEATURES) s = expanded(std::move(s), lead);
       column += s.depth;
       if (present) {
         std::vector<char> flags(batch);

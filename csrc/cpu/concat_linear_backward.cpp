@@ -220,6 +220,8 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensor& weigh
   const int64_t width = p.width, out_width = activation == Activation::swiglu ? width / 2 : width;
   Tensors made;
   std::vector<T*> grads(needs.size());
+  std::vector<std::optional<Buffer<T>>> of_expanded(n);  // gradients that are summed into these in the end
+  std::vector<T*> own(n);
   for (size_t i = 0; i < needs.size(); ++i) {
     if (!needs[i]) continue;
     Shape shape{p.depth};  // norm_weight, norm_bias
@@ -229,6 +231,10 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensor& weigh
     if (i == n + 1) shape = {width};
     if (i == n + 4) like(*gate_);
     grads[i] = data<T>(made.emplace_back(empty(shape, scalar_type<T>)));
+    if (i < n && mmfast::product(shape) != p.sources[i].rows * p.sources[i].depth) {
+      own[i] = grads[i];
+      grads[i] = of_expanded[i].emplace(p.rows, p.sources[i].depth).data();
+    }
   }
 
   const Tensor grad = as_contiguous(grad_);
@@ -255,6 +261,15 @@ Tensors backward(const Tensor& grad_, const Tensors& inputs, const Tensor& weigh
     }
   }
   Backward<T>{p, {g, p.rows, width, width}, data<A>(mean), data<A>(rstd), needs, grads}.run();
+  for (size_t i = 0; i < n; ++i) {
+    if (!of_expanded[i]) continue;
+    const int64_t depth = p.sources[i].depth;
+    const auto s = source<T>(inputs[i], 0, p.lead);
+    const auto sums = row_sums<T, A>(
+        p.kernels, {of_expanded[i]->data(), p.rows, depth, depth}, s.rows,
+        [&](int64_t r) { return s.row(r); }, [](int64_t) { return A(1); });
+    p.kernels.narrow(own[i], sums.data(), s.rows * depth);
+  }
   return made;
 }
 

@@ -92,4 +92,16 @@ Source<T> source(const Tensor& t, int64_t column, const Shape& lead) {
   return s;
 }
 
+// The same with a row for each of the output's, some of which are the same one of the tensor's.
+template <class T>
+Source<T> expanded(Source<T> s, const Shape& lead) {
+  for (size_t d = 0; d < lead.size(); ++d)
+    if (s.sizes[d] != lead[d]) s.strides[d] = 0;
+  s.sizes = lead;
+  s.rows = product(lead);
+  s.full = true;
+  s.row_of.clear();
+  return s;
+}
+
 }  // namespace mmfast

@@ -107,9 +107,9 @@ bool multiply(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
                         workspace.mutable_data_ptr(), bytes, stream) == CUBLAS_STATUS_SUCCESS;
 }
 
-// False where cuBLASLt cannot, which leaves anything in out:
-// out [batch, rows, width] = residual + the sum of inputs [batch, rows, depth] @ weights [width, depth]
-// transposed + bias [1 or batch, width]
+// False where cuBLASLt cannot, which leaves anything in out, but what was there where there is one input:
+// out [batch, rows, width] = residual, which may be out itself, + the sum of inputs [batch, rows, depth] @
+// weights [width, depth] transposed + bias [1 or batch, width]
 bool products(const std::vector<Tensor>& inputs, const std::vector<Tensor>& weights,
               const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, bool tf32,
               const Tensor& workspace, const Tensor& out) {

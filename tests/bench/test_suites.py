@@ -138,6 +138,7 @@ def tiny(monkeypatch):
     streams = (("image", 7, 6), ("audio", 9, 5), ("sensor", 3, 4))
     job = bench_training_step.Job(streams, batch=4, dim=32, heads=2, queries=5, layers=2, classes=3)
     monkeypatch.setattr(bench_training_step, "JOB", job)
+    monkeypatch.setattr(bench_training_step, "multiplies", lambda dtype, device: True)
     really = torch.compile
 
     def compile_(call, backend="inductor", **options):  # as it is, or rewritten and not compiled further
@@ -243,9 +244,9 @@ def test_tiny(measured, variant, rounds, benchmark):
 """
 
 
-def bench(folder, *options):
+def bench(folder, *options, suite=TINY):
     (folder / "conftest.py").write_text((ROOT / "bench" / "conftest.py").read_text())
-    (folder / "bench_tiny.py").write_text(TINY)
+    (folder / "bench_tiny.py").write_text(suite)
     command = [
         sys.executable,
         "-m",
@@ -280,6 +281,14 @@ def test_pytest_benchmark_holds_the_recorded_rounds(tmp_path):
 def test_a_part_of_a_run_is_shown_and_not_recorded(tmp_path):
     done = bench(tmp_path, "-k", "peer")
     assert done.returncode == 0 and "not recorded: a part was left out" in done.stdout
+
+
+def test_bfloat16_is_skipped_by_name_where_pytorch_only_loops_over_it(tmp_path):
+    suite = TINY.replace("torch.exp)]", "torch.exp, dtype=torch.bfloat16)]")
+    suite += "\ntorch.ops.mkldnn._is_mkldnn_bf16_supported = lambda: False\n"
+    done = bench(tmp_path, "-rs", suite=suite)
+    assert done.returncode == 0 and "2 skipped" in done.stdout
+    assert "no instructions for products of torch.bfloat16 on this cpu" in done.stdout
 
 
 def weighed(variant):

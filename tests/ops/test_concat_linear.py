@@ -81,6 +81,16 @@ def test_output_and_gradients_are_as_exact_as_promised(name, activation, options
 
 
 @pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("present", [False, True])
+def test_one_feature_for_many_rows_is_as_exact_under_a_norm(name, present):
+    """Its gradient is what is left where most of the sums over the rows would cancel."""
+    arguments = example(shapes=((3, 400, 2), (3, 1, 1)), norm=True, present=present)
+    for i, x in enumerate(arguments["inputs"]):
+        x.data += 5 * i
+    check(on(name), reference.concat_linear, arguments, torch.float32)
+
+
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_compiled_it_is_as_exact(name, activation):
     arguments = example(activation=activation, **OPTIONS["plain" if activation == "none" else "everything"])

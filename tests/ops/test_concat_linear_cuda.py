@@ -222,15 +222,15 @@ def test_sources_with_all_rows_become_one_float32_sum(monkeypatch, dtype, norm):
     monkeypatch.setattr(cuda, "EPILOGUE", lambda *args: launched.append(args))
     monkeypatch.setattr(cuda, "_product", lambda x, weight: x.float() @ weight.float().t())
     inputs = [torch.randn(3, 4, d).to(dtype) for d in (5, 0, 8, 2)]
-    inputs[1:1] = [torch.randn(3, 1, 6).to(dtype)]
-    weight, present = torch.randn(7, 21).to(dtype), torch.rand(3, 5) < 0.5
+    inputs[1:1] = [torch.randn(3, 1, 9).to(dtype)]
+    weight, present = torch.randn(7, 24).to(dtype), torch.rand(3, 5) < 0.5
     inputs[0][~present[:, 0]] = torch.nan
     cuda.concat_linear(
         inputs, weight, None, present, 1e-5 if norm else None, None, None, "gelu", None, None, True
     )
     [(products, sources, means, along, mean, rstd, *_)] = launched
     assert sources == [1, -1] and len(means) == len(along) == (1 if norm else 0)
-    blocks, total = weight.double().split([5, 6, 0, 8, 2], 1), 0
+    blocks, total = weight.double().split([5, 9, 0, 8, 2], 1), 0
     for i in (0, 3, 4):
         x = torch.where(present[:, i].view(3, 1, 1), inputs[i].double(), 0)
         if norm:

@@ -1,13 +1,11 @@
 """Backend ``cuda`` without a GPU: what its threads run, compiled for the host, inside the real composition."""
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from check import assert_promised, worst
+from on_host import build
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,107 +14,64 @@ from mmfast.ops import reference
 pytest.importorskip("mmfast.kernels.concat_linear_cuda")
 from mmfast.kernels import concat_linear_cuda as cuda
 
-ROOT = Path(__file__).parents[2]
 ACTIVATIONS = ("none", "relu", "gelu", "silu", "swiglu")
 HOST = """
-#include "epilogue.h"
-using namespace mmfast;
-extern "C" float value(int a, float x) { return activate(static_cast<Activation>(a), x); }
-extern "C" float slope(int a, float x) { return derivative(static_cast<Activation>(a), x); }
-extern "C" void forward(const Forward* f) {
-  for (int64_t row = f->rows; row--;)  // threads run in any order
-    for (int64_t column = f->width; column--;) forward_element<float>(*f, row, column);
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "binding.h"
+#define CUDA CPU  // the key that the binding registers for
+#include "concat_linear.cpp"
+#undef CUDA
+
+namespace mmfast {
+template <class F>
+const char* with(Type type, F run) {
+  if (type == Type::float32) run(float{});
+  if (type == Type::float16) run(c10::Half{});
+  if (type == Type::bfloat16) run(c10::BFloat16{});
+  return nullptr;
 }
-extern "C" void backward(const Backward* b) {
-  for (int64_t part = (b->rows + b->rows_each - 1) / b->rows_each; part--;)
-    for (int64_t column = b->width; column--;) backward_column<float>(*b, part, column);
+const char* launch(const Forward& f, Type type, void*) {
+  return with(type, [&](auto t) {
+    for (int64_t row = f.rows; row--;)  // threads run in any order
+      for (int64_t column = f.width; column--;) forward_element<decltype(t)>(f, row, column);
+  });
+}
+const char* launch(const Backward& b, Type type, void*) {
+  return with(type, [&](auto t) {
+    for (int64_t part = (b.rows + b.rows_each - 1) / b.rows_each; part--;)
+      for (int64_t column = b.width; column--;) backward_column<decltype(t)>(b, part, column);
+  });
+}
+}  // namespace mmfast
+extern "C" __attribute__((visibility("default"))) float value(int a, float x) {
+  return mmfast::activate(static_cast<mmfast::Activation>(a), x);
+}
+extern "C" __attribute__((visibility("default"))) float slope(int a, float x) {
+  return mmfast::derivative(static_cast<mmfast::Activation>(a), x);
 }
 """
-I64, I32, POINTER = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
-
-
-class Rows(ctypes.Structure):
-    _fields_ = [("data", POINTER), ("strides", I64 * 3)]
-
-
-class Forward(ctypes.Structure):
-    _fields_ = [
-        *((name, I64) for name in ("rows", "width", "n1", "n2", "per_sample", "num_sources")),
-        ("num_products", I32), ("num_centred", I32), ("products", Rows * 17), ("sources", I64 * 17),
-        ("means", Rows * 17), ("along", POINTER * 17), ("mean", POINTER), ("rstd", POINTER), ("activation", I32),
-        ("present", POINTER), ("bias", POINTER), ("gate", POINTER), ("gate_step", I64), ("residual", Rows),
-        ("out", POINTER), ("preact", POINTER),
-    ]  # fmt: skip
-
-
-class Backward(ctypes.Structure):
-    _fields_ = [
-        ("rows", I64), ("width", I64), ("rows_each", I64), ("activation", I32), ("grad", POINTER),
-        ("preact", POINTER), ("gate", POINTER), ("gate_step", I64), ("grad_preact", POINTER),
-        ("bias_sum", POINTER), ("gate_sum", POINTER),
-    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("host")
-    (folder / "host.cpp").write_text(HOST)
-    library = folder / "host.so"
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'csrc' / 'cuda'}"]
-    subprocess.run([*command, folder / "host.cpp", "-o", library], check=True)
-    loaded = ctypes.CDLL(str(library))
+    loaded = build(tmp_path_factory.mktemp("host"), HOST)
     for function in (loaded.value, loaded.slope):
         function.restype, function.argtypes = ctypes.c_float, [ctypes.c_int, ctypes.c_float]
     return loaded
 
 
-def pointer(tensor):
-    return None if tensor is None else tensor.data_ptr()
-
-
-def step(gate):
-    return 0 if gate is None or len(gate) == 1 else 1
-
-
 @pytest.fixture
 def epilogue(host, monkeypatch):
-    """The composition with loops on the host for the two launches; arguments as the C++ binding fills them."""
+    """The composition over the binding, whose launches are loops on the host, without cuBLASLt."""
+    product = cuda._product
 
-    def forward(
-        products, sources, means, along, mean, rstd, walks, present, bias, activation, residual, gate, out, preact
-    ):  # fmt: skip
-        walked = [*products, *means, *([] if residual is None else [residual])]
-        rows = [Rows(t.data_ptr(), (I64 * 3)(*walks[3 * i + 3 :][:3])) for i, t in enumerate(walked)]
-        count = walks[0] * walks[1] * walks[2]
-        host.forward(
-            ctypes.byref(
-                Forward(
-                    count, out.shape[-1], walks[1], walks[2], 1 if present is None else count // len(present),
-                    1 if present is None else present.shape[1], len(products), len(means),
-                    (Rows * 17)(*rows[: len(products)]), (I64 * 17)(*sources),
-                    (Rows * 17)(*rows[len(products) :][: len(means)]), (POINTER * 17)(*map(pointer, along)),
-                    pointer(mean), pointer(rstd), ACTIVATIONS.index(activation), pointer(present), pointer(bias),
-                    pointer(gate), step(gate), Rows() if residual is None else rows[-1], pointer(out), pointer(preact),
-                )
-            )
-        )  # fmt: skip
+    def on_cpu(x, weight):  # where torch.mm makes no float32 of half precision
+        return product(x.float(), weight.float())
 
-    def backward(grad, preact, gate, activation, each, before, bias_sum, gate_sum):
-        host.backward(
-            ctypes.byref(
-                Backward(
-                    *grad.shape, each, ACTIVATIONS.index(activation), pointer(grad), pointer(preact), pointer(gate),
-                    step(gate), pointer(before), pointer(bias_sum), pointer(gate_sum),
-                )
-            )
-        )  # fmt: skip
-
-    monkeypatch.setattr(cuda, "PRODUCTS", lambda *args: False)  # no cuBLASLt: torch.mm multiplies
-    monkeypatch.setattr(cuda, "EPILOGUE", forward)
-    monkeypatch.setattr(cuda, "EPILOGUE_BACKWARD", backward)
+    monkeypatch.setattr(cuda, "PRODUCTS", lambda *args: False)
+    monkeypatch.setattr(cuda, "_product", on_cpu)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS[:4])
@@ -154,11 +109,12 @@ SHAPES = (
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
 @pytest.mark.parametrize("norm", (False, True), ids=("plain", "norm"))
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_composition_agrees_with_the_reference_in_float64(epilogue, shapes, norm, activation):
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+def test_the_composition_agrees_with_the_reference_in_float64(epilogue, shapes, norm, activation, dtype):
     generator = torch.Generator().manual_seed(len(activation))
     variants = [(None, False), (1, True), (4, True)]
     for width, seen in variants:
-        check(generator, shapes, norm, activation, width, seen)
+        check(generator, shapes, norm, activation, width, seen, dtype=dtype)
 
 
 # the pooled sources' own rows: along inner, outer and all dimensions; alike; and nothing else
@@ -169,7 +125,8 @@ BROADCASTS = {
     "far from 0 and apart": (((3, 19, 17), (3, 1, 18), (1, 19, 5)), 1000),
     "one feature": (((3, 19, 17), (3, 1, 1), (1, 19, 1)), 1000),
     "no features": (((3, 19, 17), (3, 1, 0), (3, 19, 0)), 0),
-    "sixteen": (((3, 1, 2), (3, 4, 2), *[(3, 1, 1)] * 14), 0),
+    "sixteen": (((3, 4, 2), (3, 1, 9), *[(3, 1, 8)] * 15), 0),
+    "what is left of 1024 rows": (((8, 1024, 2), (8, 1, 1)), 3),
 }
 
 
@@ -207,8 +164,30 @@ def test_no_tensor_is_as_wide_as_the_concatenation(epilogue, monkeypatch, norm, 
     assert max(sizes) <= max(64 * 64 * 4, weight.nbytes)
 
 
-def check(generator, shapes, norm, activation, gate_width, seen, far=0):
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).float()  # noqa: E731
+def test_a_pooled_source_in_half_precision_keeps_its_range(epilogue):
+    """One feature of 4096 is there, and it is scaled."""
+    pooled, weight, scale = torch.zeros(2, 1, 4096), torch.randn(4, 4104) / 64, torch.ones(4104)
+    pooled[..., 7], scale[15] = 100, 1100
+    half = [t.half() for t in (torch.randn(2, 3, 8), pooled, weight, scale)]
+
+    def meant(dtype):
+        x, pooled, weight, scale = (t.to(dtype) for t in half)
+        return reference.concat_linear([x, pooled], weight, norm_eps=1e-5, norm_weight=scale)
+
+    out, *_ = cuda.concat_linear(
+        half[:2], half[2], None, None, 1e-5, half[3], None, "none", None, None, False
+    )
+    assert_promised(out, meant(torch.float64), worst(meant(torch.float16).double() - meant(torch.float64)))
+
+
+def test_more_sources_that_are_broadcast_than_the_epilogue_takes_are_refused():
+    inputs = [torch.randn(3, 4, 2), *[torch.randn(3, 1, 1)] * 17]
+    with pytest.raises(ValueError, match="inputs: got 17 that are broadcast, wanted at most 16"):
+        cuda.concat_linear(inputs, torch.randn(5, 19), None, None, None, None, None, "gelu", None, None, True)
+
+
+def check(generator, shapes, norm, activation, gate_width, seen, far=0, dtype=torch.float32):
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
     lead = torch.broadcast_shapes(*(s[:-1] for s in shapes))
     depth, width = sum(s[-1] for s in shapes), 4
     height = 2 * width if activation == "swiglu" else width
@@ -248,7 +227,7 @@ def check(generator, shapes, norm, activation, gate_width, seen, far=0):
         preact, *(moments or (None, None)), needs,
     )  # fmt: skip
     for name, exact, same, found in zip(
-        ("out", *leaves), expected(torch.float64), expected(torch.float32), [out, *grads], strict=True
+        ("out", *leaves), expected(torch.float64), expected(dtype), [out, *grads], strict=True
     ):
         assert_promised(found, exact, worst(same.double() - exact), name)
 

@@ -96,10 +96,21 @@ def test_pooled_sources_under_a_norm(small_tiles, shapes, far, absence):
 
 def test_a_pooled_source_in_half_precision_keeps_its_range():
     """Centred it would leave float16's, and so would the sums of its gradient before they are scaled."""
-    shapes, generator = [(3, 19, 17), (3, 1, 18)], torch.Generator().manual_seed(0)
-    x, pooled = (torch.randn(shape, generator=generator) for shape in shapes)
-    weight, scale = torch.randn(20, 35, generator=generator) / 6, torch.randn(35, generator=generator)
-    leaves = [x, pooled * 2e4, weight, 8 * scale]
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    assert_close(in_half([draw(3, 19, 17), draw(3, 1, 18) * 2e4, draw(20, 35) / 6, 8 * draw(35)]))
+
+
+def test_a_feature_that_stands_out_and_is_scaled_keeps_its_range():
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    pooled, scale = torch.zeros(3, 1, 4096), torch.ones(4104)
+    pooled[..., 7], scale[15] = 100, 1100
+    results = in_half([draw(3, 4, 8), pooled, draw(5, 4104) / 64, scale])
+    assert_close([out[:1] for out in results])  # the gradients leave it for the reference too
+
+
+def in_half(leaves):
     results = []
     for op, dtype in ((concat_linear, torch.float16), (reference.concat_linear, torch.float16),
                       (reference.concat_linear, torch.float64)):  # fmt: skip
@@ -107,7 +118,7 @@ def test_a_pooled_source_in_half_precision_keeps_its_range():
         with backend("triton"):
             out = op(cast[:2], cast[2], norm_eps=1e-5, norm_weight=cast[3])
         results.append([out, *torch.autograd.grad(out.float().square().mean(), cast)])
-    assert_close(results)
+    return results
 
 
 @pytest.mark.parametrize("norm_eps", [None, 1e-5])

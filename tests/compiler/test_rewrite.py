@@ -36,7 +36,10 @@ def tensors(shapes, seed=0):
 def same_everywhere(case, **options):
     """Replaced or left as the case says, and as exact as the model that nobody rewrote."""
     call, found, graphs = rewritten(case.function, **options)
-    check(call, case.function, tensors(case.shapes), torch.float32)
+    draws = [
+        tensors(case.shapes, seed) for seed in range(4)
+    ]  # the model's own error may be next to none by luck
+    check(call, case.function, draws, torch.float32, runs=1)
     assert tuple(f.op for f in found if f.replaced) == case.takes
     left = [f.why for f in found if not f.replaced]
     assert len(left) == len(case.leaves) and all(

@@ -247,7 +247,10 @@ def test_the_keys_of_a_single_query_are_work_for_every_thread():
 
 @pytest.mark.alone
 def test_the_way_to_the_kernel_takes_the_host_little_time():
-    """15 microseconds, beside what the dispatcher and the kernel take."""
+    """15 microseconds, beside what the dispatcher and the kernel take.
+
+    Or, on a slow processor, as long as PyTorch takes for twelve additions of as little.
+    """
     query, *kv = (torch.randn(1, 1, 1, 16) for _ in range(7))
     keys, values = kv[:3], kv[3:]
     sources = list(zip(keys, values, strict=True))
@@ -255,9 +258,10 @@ def test_the_way_to_the_kernel_takes_the_host_little_time():
     calls = {
         "all": lambda: cross_attention(query, sources),
         "kernel": lambda: kernel(query, keys, values, none, none, None, [False] * 3, None, None, False),
+        "addition": lambda: torch.add(query, query),
     }
     fastest, end = dict.fromkeys(calls, float("inf")), time.monotonic() + 180
-    while not fastest["all"] - fastest["kernel"] <= 15e-6:
+    while not fastest["all"] - fastest["kernel"] <= max(15e-6, 12 * fastest["addition"]):
         assert time.monotonic() < end, fastest  # until then others may have the machine
         for name, call in calls.items():
             fastest[name] = min(fastest[name], min(timeit.repeat(call, number=100, repeat=30)) / 100)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfast import _native
 from mmfast.ops import available
@@ -114,6 +115,19 @@ def same_bits(one, other):
         (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(raw(a), raw(b))
         for a, b in zip(ours, theirs, strict=True)
     )
+
+
+class Sizes(TorchDispatchMode):
+    """Remembers the bytes of everything that is made meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.sizes += [t.untyped_storage().nbytes() for t in pytree.tree_leaves(made) if torch.is_tensor(t)]
+        return made
 
 
 def worst(t):

@@ -4,10 +4,8 @@ import ctypes
 
 import pytest
 import torch
-from check import assert_promised, worst
+from check import Sizes, assert_promised, worst
 from on_host import build
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mmfast.ops import reference
 
@@ -146,22 +144,14 @@ def test_no_tensor_is_as_wide_as_the_concatenation(epilogue, monkeypatch, norm, 
     weight, flags = torch.randn(16, depth), torch.rand(8, len(inputs)) < 0.5 if seen else None
     scale, shift = torch.randn(2, depth) if norm else (None, None)
     options = (flags, 1e-5 if norm else None, scale, shift, "gelu")
-    sizes = []
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            made = function(*args, **(kwargs or {}))
-            sizes.extend(t.untyped_storage().nbytes() for t in tree_leaves(made) if torch.is_tensor(t))
-            return made
-
     monkeypatch.setattr(cuda, "WORKSPACE", 0)
-    with Sizes():
+    with Sizes() as made:
         out, preact, *moments = cuda.concat_linear(inputs, weight, None, *options, None, None, True)
         needs = [True] * len(inputs) + [True, False, norm, norm, False]
         cuda.concat_linear_backward(
             out, inputs, weight, *options, None, preact, *(moments or (None, None)), needs
         )
-    assert max(sizes) <= max(64 * 64 * 4, weight.nbytes)
+    assert max(made.sizes) <= max(64 * 64 * 4, weight.nbytes)
 
 
 def test_a_pooled_source_in_half_precision_keeps_its_range(epilogue):

@@ -5,8 +5,7 @@ import torch
 
 if not torch.cuda.is_available():
     pytest.importorskip("triton")
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from check import Sizes
 
 from mmfast.kernels import _launch, concat_linear_backward
 from mmfast.kernels import concat_linear as kernels
@@ -130,21 +129,13 @@ def test_a_pooled_source_is_nowhere_at_the_output_s_size(norm_eps, absence):
     norm = torch.randn(2, 1028, device=DEVICE) if norm_eps else (None, None)
     seen = torch.arange(24, device=DEVICE).view(8, 3) % 5 > 1 if absence else None
     options = (seen, norm_eps, *norm, "gelu")
-    sizes = []
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            made = function(*args, **(kwargs or {}))
-            sizes.extend(t.untyped_storage().nbytes() for t in tree_leaves(made) if torch.is_tensor(t))
-            return made
-
-    with Sizes():
+    with Sizes() as made:
         out, preact, *moments = kernels.concat_linear(inputs, weight, None, *options, None, None, True)
         needs = [True] * 4 + [False] + [norm_eps is not None] * 2 + [False]
         kernels.concat_linear_backward(
             out, inputs, weight, *options, None, preact, *(moments or [None] * 2), needs
         )
-    assert max(sizes) < 64 * 512 * 4 / 2
+    assert max(made.sizes) < 64 * 512 * 4 / 2
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="products are counted in the interpreter")

@@ -254,18 +254,29 @@ void multiply_rows(Acc<T>* c, const Acc<T>* const* start, const T* const* left, 
   });
 }
 
-// The sum over each vector's lanes, at the front of one vector: neighbours are added until each lane is a
-// sum.
+// The sum over each vector's lanes, at the front of one vector, by shuffles that need no register for their
+// order.
 template <class V>
-V totals(const V (&v)[VECTORS]) {
+__attribute__((always_inline)) inline V totals(const V (&v)[VECTORS]) {
   constexpr int L = sizeof(V) / sizeof(v[0][0]);
-  decltype(v[0] < v[0]) even, odd;
-  for (int i = 0; i < L; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
-  const auto add = [&](V x, V y) { return __builtin_shuffle(x, y, even) + __builtin_shuffle(x, y, odd); };
-  V sum = add(v[0], v[1]);
-  if constexpr (VECTORS == 4) sum = add(sum, add(v[2], v[3]));
-  for (int n = L / VECTORS; n > 1; n /= 2) sum = add(sum, sum);
-  return sum;
+  using Places = decltype(v[0] < v[0]);
+  if constexpr (L == 2) {
+    return __builtin_shuffle(v[0], v[1], Places{0, 2}) + __builtin_shuffle(v[0], v[1], Places{1, 3});
+  } else {
+    Places low, high, first, second, fourth, eighth;
+    for (int i = 0; i < L; ++i) {
+      low[i] = i / 4 * 4 + i % 4 / 2 + i % 2 * L, high[i] = low[i] + 2;
+      first[i] = i / 4 * 4 + i % 2 + i % 4 / 2 * L, second[i] = first[i] + 2;
+      fourth[i] = (i + 4) % L, eighth[i] = (i + 8) % L;
+    }
+    // each four of the lanes holds sums of vectors 0 1 0 1, then of 0 1 2 3
+    const auto pair = [&](V x, V y) { return __builtin_shuffle(x, y, low) + __builtin_shuffle(x, y, high); };
+    const V a = pair(v[0], v[1]), b = pair(v[VECTORS - 2], v[VECTORS - 1]);
+    V sum = __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
+    if constexpr (L > 8) sum += __builtin_shuffle(sum, eighth);
+    if constexpr (L > 4) sum += __builtin_shuffle(sum, fourth);
+    return sum;
+  }
 }
 
 // `sum` takes on the products of a vector of k, or what Part says of it, of R rows and VECTORS columns.
@@ -297,16 +308,41 @@ __attribute__((always_inline)) inline void products(Vec<T> (&sum)[R][VECTORS], c
   for (int v = 0; v < VECTORS; ++v) b[v] = load(right[v] + k, part);
 #pragma GCC unroll 6
   for (int i = 0; i < R; ++i) {
-    const Vec<T> a = load(left[i] + k, part);
+    Vec<T> a = load(left[i] + k, part);
+#ifdef __AVX2__
+    asm("" : "+v"(a));  // loaded once: the compiler would read it again for each column
+#endif
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) sum[i][v] += a * b[v];
+  }
+}
+
+// R rows and VECTORS columns of c = start + left @ right, both along k. By itself, for then the compiler
+// keeps all sums in registers, of which AVX2 has one more than it takes.
+template <class T, int R>
+__attribute__((noinline)) void multiply_few(Acc<T>* c, const Acc<T>* const* start, int64_t column,
+                                            const T* const (&left)[R], const T* const (&right)[VECTORS],
+                                            int64_t depth) {
+  constexpr int64_t STEP = lanes<T> * GROUP<T>;
+  Vec<T> sum[R][VECTORS];
+#pragma GCC unroll 6
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) sum[i][v] = Vec<T>{};
+  int64_t k = 0;
+  for (; k + STEP <= depth; k += STEP) products<T, R>(sum, left, right, k, Whole{});
+  if (k < depth) products<T, R>(sum, left, right, k, Part{depth - k});
+#pragma GCC unroll 6
+  for (int i = 0; i < R; ++i) {
+    const Vec<T> before = start ? head<Vec<T>>(start[i] + column, VECTORS) : Vec<T>{};
+    put_head(c + i * COLUMNS<T> + column, before + totals(sum[i]), VECTORS);
   }
 }
 
 template <class T>
 void multiply_columns(Acc<T>* c, const Acc<T>* const* start, const T* const* left, int64_t count,
                       const T* const* right, int64_t columns, int64_t depth) {
-  constexpr int64_t STEP = lanes<T> * GROUP<T>, NEAR = 48 * STEP;  // rows and columns stay in the first cache
+  constexpr int64_t NEAR = 48 * lanes<T> * GROUP<T>;  // rows and columns stay in the first cache
   with_rows(count, [&]<int R>(int64_t row) {
     Acc<T>* const own = c + row * COLUMNS<T>;
     const Acc<T>* before[R];
@@ -319,15 +355,7 @@ void multiply_columns(Acc<T>* c, const Acc<T>* const* start, const T* const* lef
       for (int i = 0; i < R; ++i) a[i] = left[row + i] + first;
       for (int64_t j = 0; j < columns; j += VECTORS) {
         for (int v = 0; v < VECTORS; ++v) b[v] = right[j + v < columns ? j + v : j] + first;
-        Vec<T> sum[R][VECTORS] = {};
-        int64_t k = 0;
-        for (; k + STEP <= used; k += STEP) products<T, R>(sum, a, b, k, Whole{});
-        if (k < used) products<T, R>(sum, a, b, k, Part{used - k});
-#pragma GCC unroll 6
-        for (int i = 0; i < R; ++i) {
-          const Vec<T> sums = totals(sum[i]) + (begins ? Vec<T>{} : bits<Vec<T>>(before[i] + j, VECTORS));
-          __builtin_memcpy(own + i * COLUMNS<T> + j, &sums, VECTORS * sizeof(Acc<T>));
-        }
+        multiply_few<T, R>(own, begins ? nullptr : before, j, a, b, used);
       }
       for (int i = 0; i < R; ++i) before[i] = own + i * COLUMNS<T>;
       begins = false;

@@ -82,7 +82,7 @@ uint64_t bytes_of(int64_t count) {  // a bit for each byte of `count` elements, 
 }
 #endif
 
-// The same where `count` is known at run time only: a memcpy would then go by way of memory and wait for it.
+// The same without memcpy, which would go by way of memory and wait for it.
 template <class V, class T>
 V head(const T* p, int64_t count) {
 #ifdef __AVX512BW__
@@ -91,6 +91,12 @@ V head(const T* p, int64_t count) {
   else
     return (V)_mm256_maskz_loadu_epi8(static_cast<__mmask32>(bytes_of<T>(count)), p);
 #else
+#ifdef __AVX2__
+  if constexpr (sizeof(V) == 32 && sizeof(T) >= 4) {
+    const Int there = Int{0, 1, 2, 3, 4, 5, 6, 7} < Int{} + static_cast<int32_t>(count * sizeof(T) / 4);
+    return (V)_mm256_maskload_epi32(reinterpret_cast<const int*>(p), (__m256i)there);
+  }
+#endif
   return bits<V>(p, count);
 #endif
 }

@@ -324,8 +324,9 @@ void sum_of_products(int64_t rows, int64_t columns, int64_t sums, std::vector<Te
   const int64_t height = kernels.rows, width = kernels.columns;
   const Order order(rows, terms, height);
   const int64_t panels = parts(columns, width), blocks = parts(order.tiles.size(), TILES);
-  // Columns of a task: panels after its first find its rows near. Large products pack more bytes of each.
-  const int64_t wide = rows <= 512 ? 64 : are_large(kernels) ? 256 : 384, most = parts(wide, width);
+  // Columns of a task: panels after its first find its rows near. Some elements are larger once packed.
+  const int64_t wide = rows <= 512 ? 64 : kernels.right_bytes > int64_t{sizeof(T)} ? 256 : 384;
+  const int64_t most = parts(wide, width);
   const int64_t across = parts(panels, most), group = parts(panels, across);
   // A line for each thread: panels of its own, or else rows.
   const int64_t down = std::min(parts(torch::stable::get_num_threads(), across), blocks);

@@ -82,7 +82,7 @@ uint64_t bytes_of(int64_t count) {  // a bit for each byte of `count` elements, 
 }
 #endif
 
-// The same without memcpy, which would go by way of memory and wait for it.
+// The same by a masked load where there is one: a memcpy would go by way of memory and wait for it.
 template <class V, class T>
 V head(const T* p, int64_t count) {
 #ifdef __AVX512BW__

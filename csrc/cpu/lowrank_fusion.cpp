@@ -21,6 +21,7 @@ struct Problem {
   Tensors held;                       // keeps copies alive that were made for their strides
   int64_t count, rows, ranks, width;  // n, B, R, O
   std::vector<Rows<T>> x;             // [n][B]; null where it is absent
+  std::vector<int64_t> there;         // rows of each that are not
   std::vector<int64_t> depth;         // D_i
   std::vector<A> weight;              // [R]
   struct Factor {                     // [R, D_i + 1, O]
@@ -37,12 +38,13 @@ struct Problem {
         ranks(rank_weight.size(0)),
         width(factors_[0].size(2)),
         weight(widened<T>(rank_weight)) {
-    const Elements<bool> there(present, true);
+    const Elements<bool> is_there(present, true);
     for (int64_t i = 0; i < count; ++i) {
       const Matrix<const T> own = matrix<T>(held.emplace_back(dense(inputs[i])));
       Rows<T>& to = x.emplace_back(rows, nullptr);
       for (int64_t b = 0; b < rows; ++b)
-        if (there(b, i)) to[b] = own.columns ? own.row(b) : &nothing;
+        if (is_there(b, i)) to[b] = own.columns ? own.row(b) : &nothing;
+      there.push_back(rows - std::count(to.begin(), to.end(), nullptr));
       depth.push_back(own.columns);
       const Tensor& factor = held.emplace_back(dense(factors_[i]));
       factors.push_back({data<T>(factor), factor.stride(0), factor.stride(1)});
@@ -86,62 +88,91 @@ Tensors forward(const Tensors& inputs, const Tensors& factors, const Tensor& ran
   const Kept<T> kept{save ? data<T>(made[1]) : nullptr, B, R, O};
   const std::vector<A> bias = bias_ ? widened<T>(*bias_) : std::vector<A>(O, 0);
 
-  std::vector<Right<T>> right;  // [n, R]
-  int64_t bytes = 0, depth = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t r = 0; r < R; ++r)
-      right.push_back(Right<T>::of_rows(p.factor_rows(i, r), O)), right.back().kernels = tile[i];
-    bytes = std::max(bytes, panel_bytes(p.depth[i], *tile[i]));
-    depth += p.depth[i];
-  }
   // Rows of a task. What is packed for large products is dear: there are no more tasks than threads need.
+  const int64_t threads = torch::stable::get_num_threads();
   const int64_t panels = parts(O, width), tiles = std::max<int64_t>(parts(B, height), 1);
-  const int64_t wanted = large ? parts(torch::stable::get_num_threads(), panels) : 4;
+  const int64_t wanted = parts(large ? threads : 4, panels);
   const int64_t most_tiles = std::clamp<int64_t>(tiles / wanted, 1, (large ? 256 : 96) / height);
   const int64_t task_rows = parts(tiles, parts(tiles, most_tiles)) * height, blocks = parts(B, task_rows);
+
+  std::vector<Right<T>> right;       // [n, R]
+  std::vector<int64_t> place = {0};  // of each once packed, in bytes
+  int64_t longest = 0, depth = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t bytes = panel_bytes(p.depth[i], *tile[i]);
+    for (int64_t r = 0; r < R; ++r) {
+      right.push_back(Right<T>::of_rows(p.factor_rows(i, r), O)), right.back().kernels = tile[i];
+      place.push_back(place.back() + bytes);
+    }
+    longest = std::max(longest, bytes);
+    depth += p.depth[i];
+  }
+  // A panel's factors are packed once for all tasks that a thread makes with them, unless they are many.
+  constexpr int64_t MOST_PACKED = 4 << 20;
+  const bool once = place.back() <= MOST_PACKED;
+  // Rows of a thread, halved: packing all ranks was seen to pay from twice as many rows on as packing one.
+  const auto in_place = [&](const Right<T>& factor, int64_t i, int64_t panel, int64_t rows) {
+    return factor.in_place(once ? parts(p.there[i], 2 * parts(threads, panels)) : rows, panel);
+  };
+
   take_turns(most, panels, blocks, task_rows * width * R * (depth + MEMORY), [&](auto take) {
     const Buffer<A> product(task_rows, width), sum(task_rows, width);
-    const Buffer<char> packed(1, bytes);
+    for (const auto* all : {&product, &sum}) std::fill_n(all->data(), task_rows * width, A(0));
+    const Buffer<char> packed(1, once ? place.back() : longest);
     alignas(64) A base[TileKernels<T>::MOST_COLUMNS] = {}, ones[TileKernels<T>::MOST_COLUMNS];
     std::fill_n(ones, width, A(1));
     Sums<T> c;
-    std::vector<int64_t> there;
+    std::fill_n(c.at, TileKernels<T>::LARGE_ROWS, base);
+    struct Share {   // of a modality: what is there of the task's rows, then what is not
+      Rows<T> left;  // whole tiles of what is there: the last row fills them up
+      std::vector<A*> product;
+      std::vector<T*> kept;
+      int64_t there;
+    };
+    std::vector<Share> shares(n);
+    int64_t packed_panel = -1;
     for (int64_t task; (task = take()) >= 0;) {
       const int64_t panel = task / blocks, first = panel * width, used = std::min(width, O - first);
       const int64_t begin = task % blocks * task_rows, end = std::min(begin + task_rows, B);
+      for (int64_t i = 0; i < n; ++i) {
+        Share& own = shares[i];
+        own.left.clear(), own.product.clear(), own.kept.clear();
+        const auto add = [&](int64_t b) {
+          own.product.push_back(product.row(b - begin));
+          if (save) own.kept.push_back(kept.at(i, b, 0) + first);
+        };
+        for (int64_t b = begin; b < end; ++b)
+          if (p.x[i][b]) add(b), own.left.push_back(p.x[i][b]);
+        own.there = own.left.size();
+        if (own.there) own.left.resize(parts(own.there, tile[i]->rows) * tile[i]->rows, own.left.back());
+        for (int64_t b = begin; b < end; ++b)
+          if (!p.x[i][b]) add(b);
+      }
       for (int64_t b = begin; b < end; ++b) std::copy_n(bias.data() + first, used, sum.row(b - begin));
       for (int64_t r = 0; r < R; ++r) {
         for (int64_t i = 0; i < n; ++i) {
-          const auto join = [&](int64_t b, const A* factor) {
-            p.kernels.multiply(product.row(b - begin), save ? kept.at(i, b, r) + first : nullptr, factor,
-                               i == 0, used);
+          const Share& own = shares[i];
+          const auto join = [&](int64_t from, int64_t count, const A* factor, int64_t stride) {
+            p.kernels.multiply(own.product.data() + from, save ? own.kept.data() + from : nullptr, r * O,
+                               factor, stride, i == 0, count, used);
           };
-          there.clear();
-          for (int64_t b = begin; b < end; ++b)
-            if (p.x[i][b])
-              there.push_back(b);
-            else if (i == 0 || save)
-              join(b, ones);
-          if (there.empty()) continue;
+          if (i == 0 || save) join(own.there, own.product.size() - own.there, ones, 0);
           const Right<T>& factor = right[i * R + r];
-          const int64_t rows = there.size();
-          const bool in_place = factor.in_place(rows, panel);
-          if (!in_place) factor.pack(packed.data(), panel);
+          char* const to =
+              in_place(factor, i, panel, own.there) ? nullptr : packed.data() + (once ? place[i * R + r] : 0);
+          if (to && !(once && panel == packed_panel)) factor.pack(to, panel);
+          if (own.there == 0) continue;
           row_kernels<T>().widen(base, p.factor_row(i, r, p.depth[i]) + first, used);
           const int64_t height = tile[i]->rows;
-          std::fill_n(c.at, height, base);
-          for (int64_t k = 0; k < rows; k += height) {
-            const int64_t count = std::min(height, rows - k);
-            const T* left[TileKernels<T>::LARGE_ROWS];
-            // a short tile's last row fills it up
-            for (int64_t t = 0; t < height; ++t) left[t] = p.x[i][there[k + std::min(t, count - 1)]];
-            factor.multiply(c.of, c.at, left, count, panel, in_place ? nullptr : packed.data());
-            for (int64_t t = 0; t < count; ++t) join(there[k + t], c.of + t * width);
+          for (int64_t k = 0; k < own.there; k += height) {
+            const int64_t count = std::min(height, own.there - k);
+            factor.multiply(c.of, c.at, own.left.data() + k, count, panel, to);
+            join(k, count, c.of, width);
           }
         }
-        for (int64_t b = 0; b < end - begin; ++b)
-          row_kernels<A>().accumulate(sum.row(b), p.weight[r], product.row(b), used);
+        row_kernels<A>().accumulate(sum.data(), p.weight[r], product.data(), (end - begin) * width);
       }
+      packed_panel = panel;
       for (int64_t b = begin; b < end; ++b)
         row_kernels<T>().narrow(out + b * O + first, sum.row(b - begin), used);
     }

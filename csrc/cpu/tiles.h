@@ -418,12 +418,11 @@ struct Blocks {
 // as many eps as there are rows.
 template <class T, class A = typename wide<T>::type>
 void add_rows(Wider<A>* sums, const Rows<T>& rows, int64_t first, int64_t count) {
-  constexpr size_t PART = 32;
+  constexpr int64_t PART = 32;
   std::vector<A> part(count);
-  for (size_t begin = 0; begin < rows.size(); begin += PART) {
-    std::fill(part.begin(), part.end(), A(0));
-    for (size_t k = begin; k < std::min(begin + PART, rows.size()); ++k)
-      row_kernels<T>().accumulate(part.data(), 1, rows[k] + first, count);
+  for (int64_t begin = 0, height = rows.size(); begin < height; begin += PART) {
+    tile_kernels<T>().add_rows(part.data(), rows.data() + begin, first, std::min(PART, height - begin),
+                               count);
     for (int64_t j = 0; j < count; ++j) sums[j] += part[j];
   }
 }
@@ -499,7 +498,8 @@ void product_over_rows(const Blocks<T>& out, const Rows<T>& left, int64_t m, con
                 if (ends && kernels.multiply_into && count == height && used == width &&
                     column % out.width + width <= out.width) {
                   T* to[TileKernels<T>::LARGE_ROWS];
-                  for (int64_t i = 0; i < height; ++i) to[i] = out.at(row + i, column);
+                  T* const corner = out.at(row, column);
+                  for (int64_t i = 0; i < height; ++i) to[i] = corner + i * out.row_stride;
                   kernels.multiply_into(to, nullptr, Activation::none, sums, start, rows, step, whole.row(p),
                                         depth);
                   continue;

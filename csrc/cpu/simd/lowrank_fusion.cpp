@@ -8,12 +8,17 @@ using mmfast::LowrankKernels;
 namespace {
 
 template <class T>
-void multiply(Acc<T>* product, T* kept, const Acc<T>* factor, bool first, int64_t n) {
-  sweep<T>(n, [&](int64_t c, auto part) {
-    const Vec<T> f = load(factor + c, part);
-    store(product + c, first ? f : load(product + c, part) * f, part);
-    if (kept) store(kept + c, f, part);
-  });
+void multiply(Acc<T>* const* product, T* const* kept, int64_t at, const Acc<T>* factor, int64_t stride,
+              bool first, int64_t count, int64_t n) {
+  for (int64_t i = 0; i < count; ++i, factor += stride) {
+    Acc<T>* const own = product[i];
+    T* const keep = kept ? kept[i] + at : nullptr;
+    sweep<T>(n, [&](int64_t c, auto part) {
+      const Vec<T> f = load(factor + c, part);
+      store(own + c, first ? f : load(own + c, part) * f, part);
+      if (keep) store(keep + c, f, part);
+    });
+  }
 }
 
 // The others are multiplied out for each factor: dividing the product by it would not do where it is 0.

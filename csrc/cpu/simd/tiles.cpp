@@ -99,15 +99,35 @@ void pack_columns(void* to_, const T* const* from, int64_t depth, int64_t count)
   if constexpr (sizeof(Group) == 4 && sizeof(T) == sizeof(Element<T>))
     for (; (done + L) * G <= depth; done += L)
       for (int64_t j = 0; j < WIDTH; j += L) {
-        Lines lines{};
-        for (int64_t i = 0; i < L && j + i < count; ++i)
-          __builtin_memcpy(&lines[i], from[j + i] + done * G, BYTES);
+        static const T nothing[L * G] = {};
+        Lines lines;
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < L; ++i)
+          lines[i] = bits<Uint>(j + i < count ? from[j + i] + done * G : nothing, L * G);
         transpose(lines);
 #pragma GCC unroll 16
         for (int64_t k = 0; k < L; ++k) __builtin_memcpy(&to[(done + k) * WIDTH + j], &lines[k], BYTES);
       }
   for (; done < groups; ++done)
     for (int64_t j = 0; j < WIDTH; ++j) one(done, j);
+}
+
+template <class T>
+void add_rows(Acc<T>* sums, const T* const* from, int64_t first, int64_t depth, int64_t count) {
+  int64_t j = 0;
+  for (; j + COLUMNS<T> <= count; j += COLUMNS<T>) {  // side by side: each addition waits for the one before
+    Vec<T> sum[VECTORS] = {};
+    for (int64_t k = 0; k < depth; ++k)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) sum[v] += load(from[k] + first + j + v * lanes<T>, Whole{});
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) store(sums + j + v * lanes<T>, sum[v], Whole{});
+  }
+  sweep<Acc<T>>(count - j, [&](int64_t c, auto part) {
+    Vec<T> sum{};
+    for (int64_t k = 0; k < depth; ++k) sum += load(from[k] + first + j + c, part);
+    store(sums + j + c, sum, part);
+  });
 }
 
 // One group of k: the sums of R rows, V vectors each, take on left[.][at ... at + used) @ right.
@@ -385,6 +405,7 @@ constexpr TileKernels<T> amx_kernels = {
     .pack_left = amx::pack_left<T>,
     .pack_rows = amx::pack_rows<T>,
     .pack_columns = amx::pack_columns<T>,
+    .add_rows = add_rows<T>,
     .multiply = amx::multiply<T>,
     .multiply_rows = multiply_rows<T>,
     .multiply_columns = multiply_columns<T>,
@@ -415,6 +436,7 @@ constexpr TileKernels<T> kernels = {
     .pack_left = pack_left<T>,
     .pack_rows = pack_rows<T>,
     .pack_columns = pack_columns<T>,
+    .add_rows = add_rows<T>,
     .multiply = multiply<T>,
     .multiply_into = multiply_into<T>,
     .multiply_rows = multiply_rows<T>,

@@ -30,6 +30,8 @@ struct TileKernels {
   void (*pack_rows)(void* to, const T* const* from, int64_t first, int64_t depth, int64_t count);
   // The same of a transposed one: element (k, j) is from[j][k].
   void (*pack_columns)(void* to, const T* const* from, int64_t depth, int64_t count);
+  // sums [count] = the sum over `depth` rows of from[k][first ...]
+  void (*add_rows)(A* sums, const T* const* from, int64_t first, int64_t depth, int64_t count);
   // c [rows, columns] = start + left @ right: start's row i lies at start[i], which may be c's own, and
   // left's element (i, k) is left[i][k / group * step + k % group]. A null start is zeros. All rows
   // of left and start can be read, but only the first `count` rows and `used` columns of c are wanted: the

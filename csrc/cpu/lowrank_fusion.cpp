@@ -91,7 +91,7 @@ Tensors forward(const Tensors& inputs, const Tensors& factors, const Tensor& ran
   // Rows of a task. What is packed for large products is dear: there are no more tasks than threads need.
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t panels = parts(O, width), tiles = std::max<int64_t>(parts(B, height), 1);
-  const int64_t wanted = parts(large ? threads : 4, panels);
+  const int64_t wanted = parts(large ? threads : 4, std::max<int64_t>(panels, 1));
   const int64_t most_tiles = std::clamp<int64_t>(tiles / wanted, 1, (large ? 256 : 96) / height);
   const int64_t task_rows = parts(tiles, parts(tiles, most_tiles)) * height, blocks = parts(B, task_rows);
 

@@ -21,7 +21,7 @@ struct Problem {
   Tensors held;                       // keeps copies alive that were made for their strides
   int64_t count, rows, ranks, width;  // n, B, R, O
   std::vector<Rows<T>> x;             // [n][B]; null where it is absent
-  std::vector<int64_t> there;         // rows of each that are not
+  std::vector<int64_t> there;         // rows of each that are there
   std::vector<int64_t> depth;         // D_i
   std::vector<A> weight;              // [R]
   struct Factor {                     // [R, D_i + 1, O]

@@ -38,7 +38,7 @@ Vec<T> exp2(Vec<T> x) {
 #ifdef __AVX512F__
     return _mm512_scalef_ps(p, x);  // takes n of x itself
 #else
-    return p * (Float)(((Int)shifted << 23) + (127 << 23));
+    return p * (Float)(((Uint)shifted << 23) + (127 << 23));  // lanes that nobody asked for may overflow
 #endif
   }
 }

@@ -117,6 +117,7 @@ Tensors forward(const Tensors& inputs, const Tensors& factors, const Tensor& ran
 
   take_turns(most, panels, blocks, task_rows * width * R * (depth + MEMORY), [&](auto take) {
     const Buffer<A> product(task_rows, width), sum(task_rows, width);
+    // whole rows are added up, columns past the last too
     for (const auto* all : {&product, &sum}) std::fill_n(all->data(), task_rows * width, A(0));
     const Buffer<char> packed(1, once ? place.back() : longest);
     alignas(64) A base[TileKernels<T>::MOST_COLUMNS] = {}, ones[TileKernels<T>::MOST_COLUMNS];

@@ -483,10 +483,16 @@ void product_over_rows(const Blocks<T>& out, const Rows<T>& left, int64_t m, con
               for (int64_t t = from; t < until; ++t)
                 kernels.pack_left(packed.row(t - from) + i * height * kernels.left_bytes, a.data() + i,
                                   t * height, std::min(NEAR, depth - i), std::min(height, m - t * height));
-            for (int64_t p = 0; p < panels; ++p)
+            for (int64_t p = 0; p < panels; ++p) {
+              const int64_t column = p * width, used = std::min(width, n - column);
+              // where whole tiles go straight from the registers: columns may be those of two blocks
+              T* const place =
+                  ends && kernels.multiply_into && used == width && column % out.width + width <= out.width
+                      ? out.at(0, column)
+                      : nullptr;
               for (int64_t t = from; t < until; ++t) {
                 A* const sums = once ? own.of : c.row(t * panels + p);
-                const int64_t count = std::min(height, m - t * height), used = std::min(width, n - p * width);
+                const int64_t row = t * height, count = std::min(height, m - row);
                 const T* rows[TileKernels<T>::LARGE_ROWS];
                 for (int64_t i = 0; i < height; ++i) {
                   rows[i] = reinterpret_cast<const T*>(packed.row(t - from) +
@@ -494,24 +500,21 @@ void product_over_rows(const Blocks<T>& out, const Rows<T>& left, int64_t m, con
                   own.at[i] = sums + i * width;
                 }
                 const A* const* const start = begins ? nullptr : own.at;
-                const int64_t row = t * height, column = p * width;
-                if (ends && kernels.multiply_into && count == height && used == width &&
-                    column % out.width + width <= out.width) {
+                if (place && count == height) {
                   T* to[TileKernels<T>::LARGE_ROWS];
-                  T* const corner = out.at(row, column);
-                  for (int64_t i = 0; i < height; ++i) to[i] = corner + i * out.row_stride;
+                  for (int64_t i = 0; i < height; ++i) to[i] = place + (row + i) * out.row_stride;
                   kernels.multiply_into(to, nullptr, Activation::none, sums, start, rows, step, whole.row(p),
                                         depth);
                   continue;
                 }
                 kernels.multiply(sums, start, rows, step, count, whole.row(p), used, depth);
                 for (int64_t i = 0; ends && i < count; ++i)
-                  for (int64_t done = 0, some; done < used;
-                       done += some) {  // columns may be those of two blocks
+                  for (int64_t done = 0, some; done < used; done += some) {
                     some = std::min(used - done, out.width - (column + done) % out.width);
                     row_kernels<T>().narrow(out.at(row + i, column + done), sums + i * width + done, some);
                   }
               }
+            }
           }
         });
     first += depth;

@@ -131,31 +131,39 @@ def concat_linear_backward(
     if grad.numel() == 0:
         return [weight.new_zeros(shape) for shape, needed in zip(shapes, needs, strict=True) if needed]
 
+    *need_inputs, need_weight, _, need_norm_weight, need_norm_bias, _ = needs
+    need_columns = need_weight or need_norm_weight or need_norm_bias
     g, grad_bias, grad_gate = _before_activation(grad, preact, gate, activation, height)  # [rows, O or 2 O]
     grad_weight = weight.new_empty(height, depth)
-    grads: list[Any] = []
-    norm_sums: list[Any] = [None, None]
-    if mean is not None and rstd is not None:
-        norm = mean, rstd, norm_weight, norm_bias
-        grads, norm_sums = _normed_backward(g, grad_bias, inputs, lead, weight, present, norm, grad_weight)
-    else:
+    norm_sums = [g.new_empty(depth, dtype=torch.float32) for _ in range(2)]
+    grads: list[Any] = [None] * len(inputs)
+    if mean is None or rstd is None:
         for i, (x, columns) in enumerate(zip(inputs, columns_of(inputs), strict=True)):
+            if not (need_inputs[i] or need_columns):
+                continue
             own, mine, seen, block = own_lead(x, lead), g, present, weight[:, columns]
             if is_pooled(x, lead, False):
                 mine, seen = row_sum(g, lead, own, present, i)  # [own rows, O], float32
-            dx = (mine @ block.to(mine.dtype)).view(*own, x.shape[-1])
-            x = _where(seen, i, x, own)
-            grads.append(_where(seen, i, dx, own).to(dtype).view(inputs[i].shape))
-            grad_weight[:, columns] = mine.t() @ _rows(x).to(mine.dtype)
+            if need_inputs[i]:
+                dx = (mine @ block.to(mine.dtype)).view(*own, x.shape[-1])
+                grads[i] = _where(seen, i, dx, own).to(dtype).view(x.shape)
+            if need_columns:
+                grad_weight[:, columns] = mine.t() @ _rows(_where(seen, i, x, own)).to(mine.dtype)
+    elif need_columns or any(need_inputs):
+        norm = mean, rstd, norm_weight, norm_bias
+        of_columns = [grad_weight, *norm_sums] if need_columns else []
+        grads = _normed_backward(g, grad_bias, inputs, lead, weight, present, norm, need_inputs, of_columns)
     grads += [grad_weight, grad_bias, *norm_sums, grad_gate]
     return [t.to(dtype) for t, needed in zip(grads, needs, strict=True) if needed]
 
 
 def _normed_backward(
     g: Tensor, grad_bias: Tensor, inputs: Sequence[Tensor], lead: torch.Size, weight: Tensor,
-    present: Tensor | None, norm: tuple[Tensor, Tensor, Tensor | None, Tensor | None], grad_weight: Tensor,
-) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-    """Gradients of the sources and of the norm's two vectors; writes that of the weight.
+    present: Tensor | None, norm: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    need_inputs: Sequence[bool], of_columns: Sequence[Tensor],
+) -> list[Any]:  # fmt: skip
+    """Gradients of the sources that need one; writes those of the weight and of the norm's weight and bias to
+    ``of_columns``, unless it is empty.
 
     With dy = g @ weight * norm_weight, and x^ the normed concatenation of depth D, a source's gradient is
     rstd (dy - plain - x^ along) where plain = sum(dy) / D and along = sum(dy x^) / D. Of a row that was
@@ -163,7 +171,8 @@ def _normed_backward(
     """
     mean, rstd, norm_weight, norm_bias = norm
     dtype, depth = weight.dtype, max(1, weight.shape[1])
-    grads, norm_sums = [], [g.new_empty(weight.shape[1], dtype=torch.float32) for _ in range(2)]
+    needs_any = any(need_inputs)  # then all sources are asked what they add to the averages
+    grads: list[Any] = []
     plain, along = (torch.zeros_like(mean, dtype=torch.float64) for _ in range(2))  # [...]
     wide = g.view(*lead, -1)
     weighted = _rows(wide * rstd.unsqueeze(-1)) if any(is_pooled(x, lead, True) for x in inputs) else None
@@ -172,37 +181,46 @@ def _normed_backward(
         block = weight[:, columns]
         scale = None if norm_weight is None else norm_weight[columns]
         shift = None if norm_bias is None else norm_bias[columns]
-        norm_sums[1][columns] = grad_bias @ block.float()
         if weighted is None or not is_pooled(x, lead, True):
             x_hat = _normed(_where(present, i, x, lead), mean, rstd)
-            grad_weight[:, columns] = g.t() @ _rows(_affine(x_hat, scale, shift).to(dtype))
             dy = (g @ block).view(x_hat.shape)
-            norm_sums[0][columns] = _rows(dy * x_hat).sum(0)
-            grads.append(dy)
-            dy = _affine(dy.float(), scale, None)
-            plain += dy.sum(-1)
-            along += (dy * x_hat).sum(-1)
+            if of_columns:
+                of_columns[0][:, columns] = g.t() @ _rows(_affine(x_hat, scale, shift).to(dtype))
+                of_columns[1][columns] = _rows(dy * x_hat).sum(0)
+            grads.append(dy if need_inputs[i] else None)
+            if needs_any:
+                dy = _affine(dy.float(), scale, None)
+                plain += dy.sum(-1)
+                along += (dy * x_hat).sum(-1)
         else:
             own = own_lead(x, lead)
-            mine, seen = row_sum(weighted, lead, own, present, i)  # [own rows, O]
-            product, m = _centred_product(x, block, scale)
-            centred = _rows(_where(seen, i, x - m, own))  # [own rows, D_i]
+            m, _ = _moments(x)
             away = rstd * (_where(present, i, m, lead).squeeze(-1) - mean)  # [...]
-            rest = _rows(wide * away.unsqueeze(-1)).sum(0)  # [O]
-            column = mine.t() @ _affine(centred, scale, None)
-            column += rest.unsqueeze(1) * (1 if scale is None else scale)
-            column += 0 if shift is None else grad_bias.unsqueeze(1) * shift
-            grad_weight[:, columns] = column
-            dy = mine @ block.float()
-            norm_sums[0][columns] = (dy * centred).sum(0) + rest @ block.float()
-            grads.append(_affine(dy, scale, None).view(*own, x.shape[-1]))
-            sums = (wide * times(block, scale)).sum(-1)
-            plain += sums
-            along += away * sums + rstd * _where(present, i, wide * product, lead).sum(-1)
-            pooled[i] = own, seen, centred, away
+            if of_columns or need_inputs[i]:
+                mine, seen = row_sum(weighted, lead, own, present, i)  # [own rows, O]
+                centred = _rows(_where(seen, i, x - m, own))  # [own rows, D_i]
+                dy = mine @ block.float()
+                pooled[i] = own, seen, centred, away
+            if of_columns:
+                rest = _rows(wide * away.unsqueeze(-1)).sum(0)  # [O]
+                column = mine.t() @ _affine(centred, scale, None)
+                column += rest.unsqueeze(1) * (1 if scale is None else scale)
+                column += 0 if shift is None else grad_bias.unsqueeze(1) * shift
+                of_columns[0][:, columns] = column
+                of_columns[1][columns] = (dy * centred).sum(0) + rest @ block.float()
+            grads.append(_affine(dy, scale, None).view(*own, x.shape[-1]) if need_inputs[i] else None)
+            if needs_any:
+                product, _ = _centred_product(x, block, scale)
+                sums = (wide * times(block, scale)).sum(-1)
+                plain += sums
+                along += away * sums + rstd * _where(present, i, wide * product, lead).sum(-1)
+        if of_columns:
+            of_columns[2][columns] = grad_bias @ block.float()
 
     plain, along = (plain / depth).float(), (along / depth).float()
     for i, (x, columns) in enumerate(zip(inputs, columns_of(inputs), strict=True)):
+        if not need_inputs[i]:
+            continue
         if i in pooled:
             own, seen, centred, away = pooled[i]
             # in float64: these cancel against each other
@@ -217,7 +235,7 @@ def _normed_backward(
             dx -= x_hat * along.unsqueeze(-1)
             dx = _where(present, i, dx * rstd.unsqueeze(-1), lead).sum_to_size(x.shape)
         grads[i] = dx.to(dtype).view(x.shape)
-    return grads, norm_sums
+    return grads
 
 
 def _before_activation(

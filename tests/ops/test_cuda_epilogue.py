@@ -6,6 +6,7 @@ import pytest
 import torch
 from check import Sizes, assert_promised, worst
 from on_host import build
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfast.ops import reference
 
@@ -232,3 +233,45 @@ def test_zero_rows_and_only_the_gradients_that_are_needed(epilogue):
         out, inputs, weight, None, None, None, None, "gelu", None, preact, None, None, needs
     )
     assert d_input.shape == (0, 3, 2) and d_weight.shape == (4, 5) and not d_weight.any()
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products made meanwhile."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten.mm.default, torch.ops.aten.mv.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("norm", (False, True), ids=("plain", "norm"))
+@pytest.mark.parametrize("seen", (False, True), ids=("all present", "some absent"))
+def test_what_needs_no_gradient_costs_no_product(epilogue, norm, seen):
+    """Each gradient by itself is, bit for bit, what it is beside all others."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator) for shape in ((3, 5, 8), (3, 1, 9), (3, 5, 4))]
+    weight, gate = torch.randn(6, 21, generator=generator), torch.randn(6, generator=generator)
+    present = torch.rand(3, 3, generator=generator) < 0.6 if seen else None
+    scale, shift = torch.randn(2, 21, generator=generator) if norm else (None, None)
+    options = (present, 1e-5 if norm else None, scale, shift, "gelu")
+    out, preact, *moments = cuda.concat_linear(inputs, weight, None, *options, None, gate, True)
+
+    def backward(needs):
+        with Products() as products:
+            made = cuda.concat_linear_backward(
+                out, inputs, weight, *options, gate, preact, *(moments or (None, None)), needs
+            )
+        return made, products.count
+
+    names = ["input 0", "input 1", "input 2", "weight", "bias", "norm_weight", "norm_bias", "gate"]
+    everything = [norm or not name.startswith("norm") for name in names]
+    all_made, all_products = backward(everything)
+    wanted = dict(
+        zip([n for n, needed in zip(names, everything, strict=True) if needed], all_made, strict=True)
+    )
+    for name in wanted:
+        [alone], products = backward([name == other for other in names])
+        assert torch.equal(alone, wanted[name]), name
+        assert products < all_products, name
+        assert products == 0 or name not in ("bias", "gate"), name

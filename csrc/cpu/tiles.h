@@ -221,17 +221,23 @@ struct Order {
   template <class T>
   Order(int64_t count, const std::vector<Term<T>>& terms, int64_t tile) {
     rows.reserve(count);
-    // rows that lack a term, by the terms they have
+    // rows that lack a term, by the terms they have; mostly a row has those of the one before
     std::map<std::vector<bool>, std::vector<int64_t>> others;
+    std::vector<int64_t>* alike = nullptr;
+    std::vector<bool> which(terms.size()), before;
     for (int64_t r = 0; r < count; ++r) {
-      const auto there = [r](const Term<T>& t) { return t.left[r] != nullptr; };
-      if (std::all_of(terms.begin(), terms.end(), there)) {
+      bool all = true;
+      for (size_t k = 0; k < terms.size(); ++k) {
+        const bool there = terms[k].left[r] != nullptr;
+        which[k] = there;
+        all &= there;
+      }
+      if (all) {
         rows.push_back(r);
         continue;
       }
-      std::vector<bool> which;
-      for (const auto& t : terms) which.push_back(there(t));
-      others[which].push_back(r);
+      if (!alike || which != before) alike = &others[which], before = which;
+      alike->push_back(r);
     }
     const auto make_tiles = [&](size_t first) {
       for (size_t k = first; k < rows.size(); k += tile)

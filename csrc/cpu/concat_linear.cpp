@@ -10,7 +10,7 @@ Tensors forward(const Tensors& inputs, const Tensor& weight, const Maybe& bias, 
                 Activation activation, const Maybe& residual_, const Maybe& gate_, bool save) {
   using A = typename wide<T>::type;
   const auto& wide_kernels = row_kernels<A>();
-  const Problem<T> p(inputs, weight, present, norm_eps.has_value(), norm_weight, norm_bias);
+  Problem<T> p(inputs, weight, present, norm_eps.has_value(), norm_weight, norm_bias);
   const Maybe residual = dense(residual_);
   const int64_t n = activation == Activation::swiglu ? p.width / 2 : p.width;
   const std::vector<A> gate = tanh_of<T>(gate_, n);

@@ -46,7 +46,7 @@ struct Problem {
   std::vector<Source<T>> sources;
   bool norm;
   const T *norm_weight, *norm_bias;
-  std::vector<std::vector<A>> means;  // [n][own rows]: of the source's row alone
+  std::vector<std::vector<A>> means;  // [n][own rows]: of the row alone; of full sources by statistics()
   std::vector<std::vector<A>> squares;
   std::vector<std::vector<A>> u;  // [n][width]: W_i @ norm_weight_i, where it is needed
 
@@ -79,7 +79,9 @@ struct Problem {
       sources.push_back(std::move(s));
     }
     if (norm) {
-      for (const auto& s : sources) take_moments(s);
+      means.resize(sources.size()), squares.resize(sources.size());
+      for (size_t i = 0; i < sources.size(); ++i)
+        if (!sources[i].full) take_moments(i);
       for (const auto& s : sources) {
         const auto projected = s.full && s.always() ? std::vector<Wider<A>>() : project(s, norm_weight);
         u.emplace_back(projected.begin(), projected.end());
@@ -93,18 +95,21 @@ struct Problem {
   bool visible(const Source<T>& s, int64_t r) const { return s.in_batch(batch_of(r)); }
   A mean(size_t i, int64_t r) const { return visible(sources[i], r) ? means[i][sources[i].row(r)] : 0; }
 
-  void take_moments(const Source<T>& s) {
-    std::vector<A> mean(s.rows), square(s.rows);
+  void take_moments(size_t i) {
+    const auto& s = sources[i];
+    std::vector<A>&mean = means[i], &square = squares[i];
+    mean.resize(s.rows), square.resize(s.rows);
     const auto x = row_pointers(s);
     parallel_rows(s.rows, s.depth, [&](int64_t begin, int64_t end) {
       for (int64_t q = begin; q < end; ++q)
         if (x[q] && s.depth) kernels.moments(x[q], &mean[q], &square[q], s.depth);
     });
-    means.push_back(std::move(mean)), squares.push_back(std::move(square));
   }
 
   // Mean and 1 / standard deviation of each row of the concatenation, from those of its parts.
-  void statistics(double eps, A* mean_out, A* rstd_out) const {
+  void statistics(double eps, A* mean_out, A* rstd_out) {
+    for (size_t i = 0; i < sources.size(); ++i)
+      if (sources[i].full) take_moments(i);
     const A count = std::max<int64_t>(depth, 1);
     parallel_rows(rows, 16 * sources.size(), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {

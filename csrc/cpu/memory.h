@@ -63,7 +63,7 @@ inline int64_t extent(const Shape& shape, const Shape& strides) {
 // which a call wants several, are handed on within a thread.
 class Memory {
  public:
-  static constexpr size_t LARGE = 4 << 20;
+  static constexpr size_t LARGE = 1 << 20;
   static constexpr size_t SMALL = 1 << 18;
 
   struct Block {

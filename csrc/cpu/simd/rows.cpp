@@ -142,19 +142,43 @@ void normalize(T* out, const T* x, Acc<T> mean, Acc<T> rstd, const T* weight, in
 }
 
 // The terms of a norm's gradient cancel against each other, down to nothing for a row of one feature:
-// float32's are made and summed in float64.
+// float32's are made and summed in float64, a vector of that at a time.
 template <class T>
-Exact<T> exact(Vec<T> v) {
-  return __builtin_convertvector(v, Exact<T>);
+using Exact = Vec<Sum<T>>;
+
+template <class T, class P>
+Exact<T> load_exact(const T* p, P part) {
+  if constexpr (!__is_same(T, float))
+    return load(p, part);
+  else if constexpr (__is_same(P, Whole))
+    return widen(bits<Floats>(p, lanes<double>));
+  else
+    return widen(head<Floats>(p, part.count));
+}
+template <class T, class P>
+void store_exact(T* p, Exact<T> v, P part) {
+  if constexpr (!__is_same(T, float)) {
+    store(p, v, part);
+  } else {
+    const Floats f = narrow(v);
+    if constexpr (__is_same(P, Whole))
+      __builtin_memcpy(p, &f, sizeof(f));
+    else
+      put_head(p, f, part.count);
+  }
+}
+template <class T, class P>
+Exact<T> exact_weight(const T* weight, int64_t c, P part) {
+  return weight ? load_exact(weight + c, part) : inside<Sum<T>>(part);
 }
 
 template <class T>
 void norm_sums(Sum<T>* sums, const T* dy, const T* x, Sum<T> mean, Sum<T> rstd, const T* weight, int64_t n) {
   Exact<T> a{}, b{};
-  sweep<T>(n, [&](int64_t c, auto part) {
-    const Exact<T> d = exact<T>(load(dy + c, part)) * exact<T>(weight_of(weight, c, part));
+  sweep<Sum<T>>(n, [&](int64_t c, auto part) {
+    const Exact<T> d = load_exact(dy + c, part) * exact_weight(weight, c, part);
     a += d;
-    b += d * ((exact<T>(load(x + c, part)) - mean) * rstd);
+    b += d * ((load_exact(x + c, part) - mean) * rstd);
   });
   sums[0] += total(a);
   sums[1] += total(b);
@@ -163,10 +187,10 @@ void norm_sums(Sum<T>* sums, const T* dy, const T* x, Sum<T> mean, Sum<T> rstd, 
 template <class T>
 void norm_backward(T* dx, const T* x, Sum<T> mean, Sum<T> rstd, const T* weight, Sum<T> a, Sum<T> b,
                    int64_t n) {
-  sweep<T>(n, [&](int64_t c, auto part) {
-    const Exact<T> d = exact<T>(load(dx + c, part)) * exact<T>(weight_of(weight, c, part));
-    const Exact<T> normed = (exact<T>(load(x + c, part)) - mean) * rstd;
-    store(dx + c, __builtin_convertvector(rstd * (d - a - normed * b), Vec<T>), part);
+  sweep<Sum<T>>(n, [&](int64_t c, auto part) {
+    const Exact<T> d = load_exact(dx + c, part) * exact_weight(weight, c, part);
+    const Exact<T> normed = (load_exact(x + c, part) - mean) * rstd;
+    store_exact(dx + c, rstd * (d - a - normed * b), part);
   });
 }
 

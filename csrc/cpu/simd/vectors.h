@@ -25,32 +25,27 @@ using Int = int32_t __attribute__((vector_size(BYTES)));
 using Uint = uint32_t __attribute__((vector_size(BYTES)));
 using Half = uint16_t __attribute__((vector_size(BYTES / 2)));
 using Double = double __attribute__((vector_size(BYTES)));
-using Doubles = double __attribute__((vector_size(2 * BYTES)));  // as many as Float has
+using Floats = float __attribute__((vector_size(BYTES / 2)));  // as many as Double has
 
 template <class T>
 struct Traits {
   using A = float;
   using V = Float;
-  using Exact = Float;
 };
 template <>
 struct Traits<float> {
   using A = float;
   using V = Float;
-  using Exact = Doubles;
 };
 template <>
 struct Traits<double> {
   using A = double;
   using V = Double;
-  using Exact = Double;
 };
 template <class T>
 using Vec = typename Traits<T>::V;
 template <class T>
 using Acc = typename Traits<T>::A;
-template <class T>
-using Exact = typename Traits<T>::Exact;
 template <class T>
 using Sum = typename mmfast::exact_sum<T>::type;
 template <class T>
@@ -141,6 +136,26 @@ Half narrow(Float x) {  // to nearest even; NaN stays NaN
   const Uint u = (Uint)x;
   const Uint rounded = u + 0x7fff + ((u >> 16) & 1);
   return __builtin_convertvector((x == x ? rounded : u | 0x400000) >> 16, Half);
+#endif
+}
+
+Double widen(Floats x) {  // as above
+#if defined(__AVX512F__)
+  return (Double)_mm512_cvtps_pd((__m256)x);
+#elif defined(__AVX2__)
+  return (Double)_mm256_cvtps_pd((__m128)x);
+#else
+  return __builtin_convertvector(x, Double);
+#endif
+}
+
+Floats narrow(Double x) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtpd_ps((__m512d)x);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_cvtpd_ps((__m256d)x);
+#else
+  return __builtin_convertvector(x, Floats);
 #endif
 }
 

@@ -42,10 +42,10 @@ Rows<T> row_pointers(const Source<T>& s) {
   for (int64_t first = 0; first < s.rows; first += s.sizes[last]) {
     const T* p = s.data;
     for (size_t d = 0; d < last; ++d) p += index[d] * s.strides[d];
-    const bool one = last > 0;  // sample's are the rows of a run
-    if (!one || s.visible(first))
+    const bool of_one_sample = last > 0;  // the rows of a run
+    if (!of_one_sample || s.visible(first))
       for (int64_t i = 0; i < s.sizes[last]; ++i)
-        if (one || s.visible(i)) out[first + i] = p + i * s.strides[last];
+        if (of_one_sample || s.visible(i)) out[first + i] = p + i * s.strides[last];
     for (size_t d = last; d-- > 0 && ++index[d] == s.sizes[d];) index[d] = 0;
   }
   return out;

@@ -1,8 +1,11 @@
 """The demo, from nothing to the picture, in twenty steps."""
 
+import contextlib
+import fcntl
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,18 +27,21 @@ def load_demo() -> ModuleType:
     return module
 
 
+def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs the demo. While its data is not there, one process at a time: a second one would find it being written."""
+    command = [sys.executable, ROOT / "examples/demo.py", "--dataset=digits", *arguments]
+    with contextlib.ExitStack() as stack:
+        if not (ROOT / "data" / "digits").exists():
+            lock = os.open(ROOT, os.O_RDONLY)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        return subprocess.run(command, capture_output=True, text=True, timeout=900)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo")
-    command = [
-        sys.executable,
-        ROOT / "examples/demo.py",
-        "--dataset=digits",
-        "--steps=20",
-        f"--out={out}",
-        "--quiet",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = demo("--steps=20", f"--out={out}", "--quiet")
     assert done.returncode == 0, done.stderr
     assert "majority class" in done.stdout
     return out
@@ -98,9 +104,8 @@ def test_without_attention_the_picture_has_its_three_panels() -> None:
 
 def test_a_model_that_attends_tells_its_shares(tmp_path: Path) -> None:
     out = tmp_path / "attention"
-    command = [sys.executable, ROOT / "examples/demo.py", "--dataset=digits", "--steps=20", f"--out={out}"]
-    command += ["--quiet", "--model.fusion=Attention", "--trainer.batch_size=16"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    options = "--steps=20", f"--out={out}", "--quiet", "--model.fusion=Attention", "--trainer.batch_size=16"
+    done = demo(*options)
     assert done.returncode == 0, done.stderr
     shares = json.loads((out / "summary.json").read_text())["attention"]
     assert shares.keys() == {"image", "text", "audio"}
@@ -113,7 +118,6 @@ def test_a_model_that_attends_tells_its_shares(tmp_path: Path) -> None:
 
 def test_a_wrong_argument_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    command = [sys.executable, ROOT / "examples/demo.py", "--dataset=digits", f"--out={tmp_path / 'file'}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = demo(f"--out={tmp_path / 'file'}")
     assert done.returncode == 1
     assert str(tmp_path / "file") in done.stderr and len(done.stderr.strip().splitlines()) == 1

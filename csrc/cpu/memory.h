@@ -59,8 +59,8 @@ inline int64_t extent(const Shape& shape, const Shape& strides) {
 
 // Blocks of memory, uninitialised. The system gives a large one page by page as it is first written, which
 // takes longer than to write it, and glibc gives a large one back to the system as soon as it is freed, or a
-// little later. So large blocks lie in pages of 2 MiB, and are handed on from call to call. Small ones, of
-// which a call wants several, are handed on within a thread.
+// little later. So large blocks are handed on from call to call, and lie in pages of 2 MiB as far as they
+// fill such. Small ones, of which a call wants several, are handed on within a thread.
 class Memory {
  public:
   static constexpr size_t LARGE = 1 << 20;

@@ -21,9 +21,9 @@ void multiply(Acc<T>* const* product, T* const* kept, int64_t at, const Acc<T>* 
   }
 }
 
-// The others are multiplied out for each factor: dividing the product by it would not do where it is 0. N
-// factors, held in registers, or `count` where N is 0: loops over two or three take longer than what is in
-// them.
+// The others are multiplied out for each factor: dividing the product by it would not do where it is 0. Where
+// N, their count, is known the factors are held in registers: loops over two or three take longer than what
+// is in them. 0: it is not.
 template <class T, int N>
 void backward_of(T* const* dfactors, Acc<T>* sums, const T* grad, const Acc<T>* weight, const T* factors,
                  int64_t stride, int64_t count, int64_t ranks, int64_t n) {

@@ -139,7 +139,7 @@ Half narrow(Float x) {  // to nearest even; NaN stays NaN
 #endif
 }
 
-Double widen(Floats x) {  // as above
+Double widen(Floats x) {  // GCC converts each half by itself and puts them together
 #if defined(__AVX512F__)
   return (Double)_mm512_cvtps_pd((__m256)x);
 #elif defined(__AVX2__)
